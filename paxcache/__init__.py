@@ -1,0 +1,33 @@
+"""paxcache: a paged KV cache for JAX. Immutable states, pure functions, GPU kernels.
+
+The cache is a value: `init` makes one, and every other function takes one and returns a new one.
+
+    cache, step = paxcache.extend(cache, query_lens, num_tokens=T)   # once a forward pass
+    cache = paxcache.append(cache, layer, k, v, step)                # in each layer
+    out = paxcache.attend(cache, layer, q, step)
+
+`paxcache.ops` holds the array-level ops. `paxcache.nnx` and `paxcache.linen` hold the Flax layers and are imported by
+name, since they alone need Flax.
+"""
+
+from paxcache import ops as ops
+from paxcache._cache import append as append
+from paxcache._cache import attend as attend
+from paxcache._cache import extend as extend
+from paxcache._cache import fork as fork
+from paxcache._cache import init as init
+from paxcache._cache import release as release
+from paxcache._cache import reorder as reorder
+from paxcache._cache import truncate as truncate
+from paxcache._inspect import Stats as Stats
+from paxcache._inspect import check as check
+from paxcache._inspect import gather_dense as gather_dense
+from paxcache._inspect import stats as stats
+from paxcache._types import NO_PAGE as NO_PAGE
+from paxcache._types import CacheConfig as CacheConfig
+from paxcache._types import InvariantError as InvariantError
+from paxcache._types import LayerGroup as LayerGroup
+from paxcache._types import PagedKVCache as PagedKVCache
+from paxcache._types import Status as Status
+from paxcache._types import Step as Step
+from paxcache._types import StepError as StepError

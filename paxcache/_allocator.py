@@ -1,0 +1,238 @@
+"""Allocation as pure functions of small integer arrays. Imports `_types` alone; knows tables and counts, never pages.
+
+Nothing here loops over tokens or pages: cumulative sums give ranks, scatters move ids. Counts are never clamped.
+Functions take one group's tables; what concerns all groups (admission) takes a list.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.numpy as jnp
+
+from paxcache._types import INT32_MAX, NO_PAGE, Status
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Int32
+
+
+class Request(NamedTuple):
+    """What the rows of a step ask for, before pages are counted."""
+
+    query_starts: Int32[Array, "B"]
+    query_lens: Int32[Array, "B"]  # 0 for rows that can never fit
+    status: Int32[Array, "B"]
+
+
+class Touched(NamedTuple):
+    """The table entries that a step's new tokens fall into: E of them a row, from the row's first new slot on."""
+
+    columns: Int32[Array, "B E"]
+    pages: Int32[Array, "B E"]  # what they map now
+    shared: Bool[Array, "B E"]  # mapped by others too
+    needs: Bool[Array, "B E"]  # must get a fresh page
+
+
+class Copies(NamedTuple):
+    """Pages to copy before anything is written, one at most a row; P marks rows that copy nothing."""
+
+    src: Int32[Array, "B"]
+    dst: Int32[Array, "B"]
+
+
+def cdiv(a, b):
+    """Ceiling division of non-negative integers."""
+    return (a + (b - 1)) // b
+
+
+def count_references(block_tables: Int32[Array, "N M"], num_pages: int) -> Int32[Array, "P"]:
+    """How often each page stands in the tables."""
+    pages = jnp.where(block_tables >= 0, block_tables, num_pages)
+    return jnp.zeros(num_pages, jnp.int32).at[pages].add(1, mode="drop")
+
+
+def idle_rows(seq_lens: Int32[Array, "B"], tables: list[Int32[Array, "B M"]]) -> Bool[Array, "B"]:
+    """Rows of length 0 that map no page in any group."""
+    idle = seq_lens == 0
+    for table in tables:
+        idle &= (table == NO_PAGE).all(axis=1)
+    return idle
+
+
+def request(
+    seq_lens: Int32[Array, "B"],
+    query_lens: Int32[Array, "B"],
+    *,
+    num_tokens: int | None,
+    max_query_len: int | None,
+    row_capacity: int,
+) -> Request:
+    """Places the rows' tokens in the step and refuses the rows that can never fit."""
+    wanted = jnp.maximum(query_lens, 0)
+    if max_query_len is not None:
+        starts = jnp.arange(seq_lens.shape[0], dtype=jnp.int32) * max_query_len
+        too_many = wanted > max_query_len
+    else:
+        assert num_tokens is not None
+        # One row can pass the step's end by any amount: cut it there, so that the running sum fits int32.
+        bounded = jnp.minimum(wanted, num_tokens + 1)
+        ends = jnp.cumsum(bounded, dtype=jnp.int32)
+        starts = ends - bounded
+        too_many = (ends > num_tokens) & (wanted > 0)
+    status = jnp.where(too_many, Status.STEP_FULL, Status.OK)
+    status = jnp.where(wanted > row_capacity - seq_lens, Status.ROW_FULL, status)
+    status = jnp.where(query_lens < 0, Status.INVALID, status).astype(jnp.int32)
+    return Request(starts, jnp.where(status == Status.OK, wanted, 0), status)
+
+
+def touch(
+    block_tables: Int32[Array, "B M"],
+    ref_counts: Int32[Array, "P"],
+    seq_lens: Int32[Array, "B"],
+    query_lens: Int32[Array, "B"],
+    *,
+    page_size: int,
+    max_query_len: int,
+) -> Touched:
+    """The entries that at most `max_query_len` new tokens a row fall into."""
+    max_pages = block_tables.shape[1]
+    num_columns = min(max_pages, (max_query_len + page_size - 2) // page_size + 1)
+    columns = (seq_lens // page_size)[:, None] + jnp.arange(num_columns, dtype=jnp.int32)
+    end = cdiv(seq_lens + query_lens, page_size)
+    active = (columns < end[:, None]) & (query_lens > 0)[:, None]
+    pages = jnp.take_along_axis(block_tables, jnp.minimum(columns, max_pages - 1), axis=1)
+    shared = active & (pages >= 0) & (ref_counts[jnp.maximum(pages, 0)] > 1)
+    return Touched(columns, pages, shared, active & ((pages < 0) | shared))
+
+
+def admit(
+    touched: list[Touched], ref_counts: list[Int32[Array, "P"]]
+) -> tuple[Bool[Array, "B"], Int32[Array, "B"]]:
+    """Which rows get their pages, in row order without overtaking, and how many pages each refused one is short of."""
+    ok, short = jnp.bool_(True), jnp.int32(0)
+    for entries, counts in zip(touched, ref_counts, strict=True):
+        need = entries.needs.sum(axis=1, dtype=jnp.int32)
+        free = (counts == 0).sum(dtype=jnp.int32)
+        missing = jnp.where(need > 0, jnp.cumsum(need, dtype=jnp.int32) - free, 0)
+        ok &= missing <= 0
+        short = jnp.maximum(short, missing)
+    return ok, short
+
+
+def allocate(
+    block_tables: Int32[Array, "B M"],
+    ref_counts: Int32[Array, "P"],
+    touched: Touched,
+    ok: Bool[Array, "B"],
+    seq_lens: Int32[Array, "B"],
+    *,
+    page_size: int,
+) -> tuple[Int32[Array, "B M"], Int32[Array, "P"], Copies]:
+    """Maps a fresh page wherever a served row needs one, and names the shared pages whose tokens must be copied."""
+    num_pages, max_pages = ref_counts.shape[0], block_tables.shape[1]
+    take = touched.needs & ok[:, None]
+    rank = jnp.cumsum(take.reshape(-1), dtype=jnp.int32).reshape(take.shape)  # from 1, in row order
+    free = ref_counts == 0
+    free_rank = jnp.cumsum(free, dtype=jnp.int32)
+    most = min(num_pages, take.size)
+    fresh = jnp.zeros(most, jnp.int32)
+    fresh = fresh.at[jnp.where(free & (free_rank <= most), free_rank - 1, most)].set(
+        jnp.arange(num_pages, dtype=jnp.int32), mode="drop"
+    )
+    pages = jnp.where(take, fresh[jnp.clip(rank - 1, 0, most - 1)], touched.pages)
+
+    row_ids = jnp.arange(take.shape[0], dtype=jnp.int32)[:, None]
+    tables = block_tables.at[row_ids, jnp.where(take, touched.columns, max_pages)].set(pages, mode="drop")
+    left = take & touched.shared
+    counts = ref_counts + (free & (free_rank <= rank[-1, -1]))
+    counts = counts.at[jnp.where(left, touched.pages, num_pages)].add(-1, mode="drop")
+
+    # Only the page of the first new slot holds tokens that the row keeps; it does so unless that slot is its first.
+    copy = left[:, 0] & (seq_lens % page_size > 0)
+    return tables, counts, Copies(*(jnp.where(copy, p[:, 0], num_pages) for p in (touched.pages, pages)))
+
+
+def unmap(
+    block_tables: Int32[Array, "B M"], ref_counts: Int32[Array, "P"], where: Bool[Array, "B M"]
+) -> tuple[Int32[Array, "B M"], Int32[Array, "P"]]:
+    """Gives back the mapped entries that `where` marks."""
+    gone = jnp.where(where, block_tables, NO_PAGE)
+    counts = ref_counts - count_references(gone, ref_counts.shape[0])
+    return jnp.where(where, NO_PAGE, block_tables), counts
+
+
+def left_of_window(
+    block_tables: Int32[Array, "B M"], first_query: Int32[Array, "B"], window: int, *, page_size: int
+) -> Bool[Array, "B M"]:
+    """Entries whose last slot lies left of what a query at position `first_query` and any later one sees."""
+    ends = (jnp.arange(block_tables.shape[1], dtype=jnp.int32) + 1) * page_size
+    return ends[None, :] <= (first_query - window + 1)[:, None]
+
+
+def past_length(
+    block_tables: Int32[Array, "B M"], seq_lens: Int32[Array, "B"], *, page_size: int
+) -> Bool[Array, "B M"]:
+    """Entries that hold no token of a row of this length."""
+    starts = jnp.arange(block_tables.shape[1], dtype=jnp.int32) * page_size
+    return starts[None, :] >= seq_lens[:, None]
+
+
+def remap(
+    block_tables: Int32[Array, "B M"], ref_counts: Int32[Array, "P"], new_tables: Int32[Array, "B M"]
+) -> Int32[Array, "P"]:
+    """Counts after the rows' tables become `new_tables`; references from outside stay counted."""
+    num_pages = ref_counts.shape[0]
+    return ref_counts + count_references(new_tables, num_pages) - count_references(block_tables, num_pages)
+
+
+def check_forks(
+    parents: Int32[Array, "N"], children: Int32[Array, "N"], idle: Bool[Array, "B"]
+) -> tuple[Bool[Array, "N"], Int32[Array, "B"]]:
+    """Whether each entry is fine (padding is), and each row's parent, B where it gets none."""
+    num_rows = idle.shape[0]
+    padding = (parents == -1) | (children == -1)
+    in_range = (parents >= 0) & (parents < num_rows) & (children >= 0) & (children < num_rows)
+    named = jnp.where(in_range & ~padding, children, num_rows)
+    times = jnp.zeros(num_rows, jnp.int32).at[named].add(1, mode="drop")
+    at = jnp.clip(children, 0, num_rows - 1)
+    fork = in_range & idle[at] & (times[at] == 1)
+    parent_of = jnp.full(num_rows, num_rows, jnp.int32)
+    parent_of = parent_of.at[jnp.where(fork, children, num_rows)].set(parents, mode="drop")
+    return fork | padding, parent_of
+
+
+def place_tokens(
+    query_starts: Int32[Array, "B"],
+    query_lens: Int32[Array, "B"],
+    first_positions: Int32[Array, "B"],
+    num_tokens: int,
+) -> tuple[Int32[Array, "T"], Int32[Array, "T"]]:
+    """Row and position of each of the step's flattened tokens; row B and position 0 where a token belongs to none."""
+    num_rows = query_starts.shape[0]
+    tokens = jnp.arange(num_tokens, dtype=jnp.int32)
+    # Starts never fall, and a row without tokens has no place between its neighbours: the last row that starts at or
+    # before a token is its only candidate once rows without tokens are moved out of the way.
+    starts = jnp.where(query_lens > 0, query_starts, INT32_MAX)
+    begun = starts[None, :] <= tokens[:, None]
+    row = jnp.max(jnp.where(begun, jnp.arange(num_rows, dtype=jnp.int32), -1), axis=1)
+    at = jnp.maximum(row, 0)
+    offset = tokens - query_starts[at]
+    inside = (row >= 0) & (offset < query_lens[at])
+    return jnp.where(inside, row, num_rows), jnp.where(inside, first_positions[at] + offset, 0)
+
+
+def slots(
+    block_tables: Int32[Array, "B M"],
+    rows: Int32[Array, "T"],
+    positions: Int32[Array, "T"],
+    *,
+    page_size: int,
+    num_pages: int,
+) -> Int32[Array, "T"]:
+    """Each token's slot; P * S, which every write drops, where it has none."""
+    num_rows, max_pages = block_tables.shape
+    column = jnp.minimum(positions // page_size, max_pages - 1)
+    page = block_tables[jnp.minimum(rows, num_rows - 1), column]
+    return jnp.where(
+        (rows < num_rows) & (page >= 0), page * page_size + positions % page_size, num_pages * page_size
+    )

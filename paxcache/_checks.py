@@ -1,0 +1,74 @@
+"""Checks of what users pass, made at trace time. Imports nothing above `_types`.
+
+Every message names the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+
+def describe(value: Any) -> str:
+    """Dtype and shape as in ``int32[4]``; the repr of what is no array."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return repr(value)
+
+
+def array(name: str, value: Any, dims: str, *, dtype: Any = None, **sizes: int) -> jax.Array:
+    """`value` as an array, checked.
+
+    Args:
+      name: the argument's name.
+      value: an array or what `jnp.asarray` takes.
+      dims: axis letters in order, separated by spaces; letters given in `sizes` must match them.
+      dtype: a dtype or dtype category (`jnp.integer`, `jnp.floating`) that the values must have.
+      **sizes: the known sizes of the axes.
+    """
+    result = jnp.asarray(value)
+    names = dims.split()
+    expected = f"[{', '.join(f'{n}={sizes[n]}' if n in sizes else n for n in names)}]"
+    if result.ndim != len(names) or any(
+        n in sizes and result.shape[i] != sizes[n] for i, n in enumerate(names)
+    ):
+        raise ValueError(f"{name}: expected shape {expected}, got {describe(result)}")
+    if dtype is not None and not jnp.issubdtype(result.dtype, dtype):
+        wanted = getattr(dtype, "__name__", str(dtype))
+        raise TypeError(f"{name}: expected {wanted} values, got {describe(result)}")
+    return result
+
+
+def int_array(name: str, value: Any, dims: str, **sizes: int) -> jax.Array:
+    """An int32 array. Host integers that int32 does not hold are refused, never wrapped."""
+    if not isinstance(value, jax.Array):
+        value = np.asarray(value)
+        if value.size == 0 and value.dtype == np.float64:  # an empty list has no type
+            value = value.astype(np.int32)
+        if np.issubdtype(value.dtype, np.integer) and value.size:
+            low, high = int(value.min()), int(value.max())
+            if low < np.iinfo(np.int32).min or high > np.iinfo(np.int32).max:
+                raise ValueError(f"{name}: values must fit int32, got {low} to {high}")
+            value = value.astype(np.int32)
+    result = array(name, value, dims, dtype=jnp.integer, **sizes)
+    return result.astype(jnp.int32)
+
+
+def bool_array(name: str, value: Any, dims: str, **sizes: int) -> jax.Array:
+    """A bool array."""
+    return array(name, value, dims, dtype=jnp.bool_, **sizes)
+
+
+def static_int(name: str, value: Any, *, minimum: int) -> int:
+    """A Python int of at least `minimum`; a traced value is refused with advice."""
+    if isinstance(value, Tracer):
+        raise TypeError(f"{name} must be static (a Python int), got a traced value")
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)

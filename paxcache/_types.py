@@ -1,0 +1,381 @@
+"""The legend, the configuration and the states. Imports JAX alone.
+
+Axis letters, used in every docstring of the library:
+
+    L  layers of a group          B  sequence rows
+    P  physical pages             M  pages a row can map (max_pages_per_seq)
+    S  token slots in a page      T  packed query tokens of a step
+    K  KV heads                   Q  query tokens a row may have in a row-aligned step
+    H  query heads                N  entries of a list (of pages, rows, prompts)
+    D  head dim
+
+A *page* is the unit of KV storage, a *slot* one token's place in it: ``slot = page * S + offset``. A *row* is an
+index into the batch of sequences, its *block table* the page ids it maps, in order. Lengths are in tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Int32, Shaped
+
+NO_PAGE = -1
+"""Marks a table entry that maps no page. It stands in stored tables only and is masked before any indexing."""
+
+INT32_MAX = np.iinfo(np.int32).max
+
+
+class Status(enum.IntEnum):
+    """What became of one row's request in `extend` (values of ``Step.status``)."""
+
+    OK = 0
+    """Served; also a row that asked for nothing."""
+    NO_PAGES = 1
+    """The pool has too few free pages for this row and those before it."""
+    ROW_FULL = 2
+    """The new length would pass ``max_pages_per_seq`` pages."""
+    STEP_FULL = 3
+    """The row's tokens do not fit the step (``num_tokens`` or ``max_query_len``)."""
+    INVALID = 4
+    """A negative number of tokens was asked for."""
+
+
+class StepError(RuntimeError):
+    """Some rows of a step were refused (raised by `Step.raise_if_failed`)."""
+
+
+class InvariantError(RuntimeError):
+    """A cache breaks one of its invariants (raised by `check`)."""
+
+
+def _require_positive_int(owner: str, **values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerGroup:
+    """Layers of one shape, which share a block table and a pool.
+
+    Args:
+      num_layers: layers in the group.
+      num_kv_heads: KV heads of a layer.
+      head_dim: width of a key.
+      v_head_dim: width of a value; None means `head_dim`, 0 that no values are stored and the keys serve as values
+        (latent attention in its absorbed form, as in DeepSeek-V2's MLA: slice the latent part from the output).
+      dtype: storage dtype (float32, float16 or bfloat16).
+      quantization: None stores pages exactly. No other form exists yet.
+      sliding_window: tokens a query sees, itself included (Mistral, Gemma); None sees all. `attend` masks by it, and
+        `extend` frees pages that lie left of it.
+      num_pages: physical pages of this group; None takes the config's.
+
+    Raises:
+      ValueError, TypeError: an argument is out of its range or of another type.
+      NotImplementedError: a quantization that does not exist.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int | None = None
+    dtype: Any = jnp.bfloat16
+    quantization: str | None = None
+    sliding_window: int | None = None
+    num_pages: int | None = None
+
+    def __post_init__(self):
+        """Checks the arguments and brings dtype and v_head_dim to one form, so that equal groups compare equal."""
+        _require_positive_int(
+            "LayerGroup", num_layers=self.num_layers, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
+        )
+        if self.v_head_dim is None:
+            object.__setattr__(self, "v_head_dim", self.head_dim)
+        elif self.v_head_dim != 0:
+            _require_positive_int("LayerGroup", v_head_dim=self.v_head_dim)
+        if self.sliding_window is not None:
+            _require_positive_int("LayerGroup", sliding_window=self.sliding_window)
+        if self.num_pages is not None:
+            _require_positive_int("LayerGroup", num_pages=self.num_pages)
+        try:
+            dtype = jnp.dtype(self.dtype)
+        except TypeError as error:
+            raise TypeError(f"LayerGroup: dtype must be a dtype, got {self.dtype!r}") from error
+        if dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
+            raise ValueError(f"LayerGroup: dtype must be float32, float16 or bfloat16, got {dtype}")
+        object.__setattr__(self, "dtype", dtype)
+        if self.quantization is not None:
+            raise NotImplementedError(f"quantization={self.quantization!r}: only None (exact pages) exists")
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a stored value; 0 where none is stored."""
+        assert self.v_head_dim is not None  # set in __post_init__
+        return self.v_head_dim
+
+
+_FLAT = tuple(f.name for f in dataclasses.fields(LayerGroup) if f.name != "num_pages")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Shapes and sizes of a cache: frozen, hashable, static.
+
+    The flat layer arguments describe a model whose layers are alike. For models whose layers differ (local and
+    global attention, latent attention, a draft model's layers) give `groups` instead of them.
+
+    Args:
+      num_layers, num_kv_heads, head_dim, v_head_dim, dtype, quantization, sliding_window: see `LayerGroup`.
+      page_size: token slots in a page, S.
+      num_pages: physical pages, P; one pool a group.
+      max_seqs: rows, B.
+      max_pages_per_seq: pages a row can map, M.
+      groups: layer groups; a plain integer layer counts through them in order.
+
+    Raises:
+      ValueError, TypeError: an argument is missing, out of its range or of another type.
+
+    Example:
+      >>> import jax.numpy as jnp, paxcache
+      >>> config = paxcache.CacheConfig(num_layers=32, num_kv_heads=8, head_dim=128, page_size=16, num_pages=4096,
+      ...                               max_seqs=64, max_pages_per_seq=512, dtype=jnp.bfloat16)
+      >>> config.page_bytes, config.pool_bytes, config.tokens_capacity
+      (2097152, 8589934592, 65536)
+
+    Reference: the page arithmetic of vLLM's PagedAttention (Kwon et al., 2023).
+    """
+
+    num_layers: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    page_size: int = 16
+    num_pages: int
+    max_seqs: int
+    max_pages_per_seq: int
+    dtype: Any = jnp.bfloat16
+    quantization: str | None = None
+    sliding_window: int | None = None
+    v_head_dim: int | None = None
+    groups: tuple[LayerGroup, ...] = ()
+
+    def __post_init__(self):
+        """Checks the arguments; the flat ones become the only group."""
+        _require_positive_int(
+            "CacheConfig",
+            page_size=self.page_size,
+            num_pages=self.num_pages,
+            max_seqs=self.max_seqs,
+            max_pages_per_seq=self.max_pages_per_seq,
+        )
+        defaults = {f.name: f.default for f in dataclasses.fields(CacheConfig)}
+        if self.groups:
+            object.__setattr__(self, "groups", tuple(self.groups))
+            for group in self.groups:
+                if not isinstance(group, LayerGroup):
+                    raise TypeError(f"CacheConfig: groups must hold LayerGroup, got {group!r}")
+            both = [name for name in _FLAT if getattr(self, name) != defaults[name]]
+            if both:
+                raise ValueError(
+                    f"CacheConfig: give groups or the flat arguments, not both; got {', '.join(both)}"
+                )
+        else:
+            missing = [n for n in ("num_layers", "num_kv_heads", "head_dim") if getattr(self, n) is None]
+            if missing:
+                raise ValueError(f"CacheConfig: {', '.join(missing)} missing (or give groups)")
+        if self.max_pages_per_seq * self.page_size > INT32_MAX:
+            raise ValueError("CacheConfig: max_pages_per_seq * page_size must fit int32 (lengths are int32)")
+        for group in self.layer_groups:
+            num_pages = self.group_num_pages(group)
+            if num_pages * self.page_size > INT32_MAX:
+                raise ValueError(
+                    "CacheConfig: num_pages * page_size must fit int32 (slots are int32), "
+                    f"got {num_pages} * {self.page_size}"
+                )
+
+    @functools.cached_property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """The groups; for a flat config the one that its arguments describe."""
+        return self.groups or (LayerGroup(**{name: getattr(self, name) for name in _FLAT}),)
+
+    def group_num_pages(self, group: LayerGroup) -> int:
+        """Physical pages of a group."""
+        return self.num_pages if group.num_pages is None else group.num_pages
+
+    def _group_page_elements(self, group: LayerGroup) -> int:
+        return group.num_layers * group.num_kv_heads * self.page_size * (group.head_dim + group.value_dim)
+
+    @property
+    def page_elements(self) -> int:
+        """Elements of one page in all layers of all groups, keys and values: what S tokens of a row take."""
+        return sum(self._group_page_elements(g) for g in self.layer_groups)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all layers of all groups."""
+        return sum(self._group_page_elements(g) * jnp.dtype(g.dtype).itemsize for g in self.layer_groups)
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of all pages of all groups."""
+        return sum(
+            self.group_num_pages(g) * self._group_page_elements(g) * jnp.dtype(g.dtype).itemsize
+            for g in self.layer_groups
+        )
+
+    @property
+    def tokens_capacity(self) -> int:
+        """Tokens that the pool holds when nothing is shared and no window frees pages (the smallest group counts)."""
+        return self.page_size * min(self.group_num_pages(g) for g in self.layer_groups)
+
+    @classmethod
+    def fit(cls, *, memory_bytes: int, **arguments: Any) -> CacheConfig:
+        """The config with the most pages whose pool takes at most `memory_bytes`.
+
+        Args:
+          memory_bytes: bytes for the pools of all groups.
+          **arguments: those of `CacheConfig` except num_pages. Groups with a num_pages of their own keep it; the
+            others share what is left.
+
+        Raises:
+          ValueError: not even one page fits.
+
+        Example:
+          >>> import paxcache
+          >>> config = paxcache.CacheConfig.fit(memory_bytes=2**30, num_layers=16, num_kv_heads=8, head_dim=64,
+          ...                                   max_seqs=8, max_pages_per_seq=128)
+          >>> config.num_pages, config.pool_bytes <= 2**30
+          (2048, True)
+        """
+        if "num_pages" in arguments:
+            raise TypeError("CacheConfig.fit: num_pages is what fit computes; leave it out")
+        one = cls(num_pages=1, **arguments)
+        sized = [g for g in one.layer_groups if g.num_pages is None]
+        if not sized:
+            raise ValueError("CacheConfig.fit: every group has num_pages already; nothing to fit")
+        per_page = sum(one._group_page_elements(g) * jnp.dtype(g.dtype).itemsize for g in sized)
+        fixed = one.pool_bytes - per_page
+        num_pages = min((memory_bytes - fixed) // per_page, INT32_MAX // one.page_size)
+        if num_pages < 1:
+            raise ValueError(
+                f"CacheConfig.fit: memory_bytes must be at least {fixed + per_page} (one page), got {memory_bytes}"
+            )
+        return dataclasses.replace(one, num_pages=int(num_pages))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """The pool of a layer group. Every leaf leads with ``[L, P]``; copies, offload and persistence know no more."""
+
+    k: Shaped[Array, "L P K S D"]
+    v: Shaped[Array, "L P K S Dv"] | None
+    """None where keys serve as values."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroupCache:
+    """State of one layer group."""
+
+    pages: Pages
+    block_tables: Int32[Array, "B M"]
+    """Page ids; NO_PAGE where nothing is mapped. A row owns exactly its entries that are not NO_PAGE."""
+    ref_counts: Int32[Array, "P"]
+    """References to each page, by tables and from outside (a prefix index). A page is free at 0."""
+    sliding_window: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedKVCache:
+    """A paged KV cache as a value: a pytree of arrays, never changed in place by any function that takes it.
+
+    Donate it to a jitted function and the result reuses its memory; keep an old one and it stays valid.
+    """
+
+    seq_lens: Int32[Array, "B"]
+    groups: tuple[GroupCache, ...]
+
+    @property
+    def max_seqs(self) -> int:
+        """Rows, B."""
+        return self.seq_lens.shape[-1]
+
+    @property
+    def page_size(self) -> int:
+        """Token slots in a page, S."""
+        return self.groups[0].pages.k.shape[-2]
+
+    @property
+    def max_pages_per_seq(self) -> int:
+        """Pages a row can map, M."""
+        return self.groups[0].block_tables.shape[-1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one forward pass needs: made once by `extend`, used by every layer.
+
+    It stays valid until the next change of the tables and shares no buffer with the cache, so the cache may be
+    donated. Fields per token are ``[T]`` in a packed step and ``[B, Q]`` in a row-aligned one; padding and the tokens
+    of refused rows have row B, position 0 and slots past the pool, all of which a scatter drops.
+    """
+
+    positions: Int32[Array, "..."]
+    """Each token's position in its sequence."""
+    rows: Int32[Array, "..."]
+    """Each token's row."""
+    query_starts: Int32[Array, "B"]
+    """Index of a row's first token among the (flattened) tokens, from the lengths that were asked for."""
+    query_lens: Int32[Array, "B"]
+    """New tokens of each row; 0 where idle or refused."""
+    seq_lens: Int32[Array, "B"]
+    """Lengths with the new tokens."""
+    status: Int32[Array, "B"]
+    """A `Status` for each row."""
+    pages_short: Int32[Array, "B"]
+    """Pages missing before a row with NO_PAGES could be served, with those before it; 0 elsewhere."""
+    slot_mapping: tuple[Int32[Array, "..."], ...]
+    """Per group, each token's slot; P * S (dropped) for padding and refused rows."""
+    block_tables: tuple[Int32[Array, "B M"], ...]
+    """Per group, the tables to read."""
+    plans: tuple[Any, ...]
+    """Per group, the opaque work plan of the attention kernels (`ops.plan`)."""
+
+    @property
+    def ok(self) -> Bool[Array, "B"]:
+        """Rows that were served, or asked for nothing."""
+        return self.status == Status.OK
+
+    def raise_if_failed(self) -> None:
+        """Raises on the host if any row was refused, naming rows, reasons and the pages missing.
+
+        Raises:
+          StepError: a row's status is not OK.
+          TypeError: called under a JAX transformation, where no value can be read; use ``step.ok`` there.
+        """
+        if isinstance(self.status, Tracer):
+            raise TypeError("raise_if_failed reads the status on the host; inside jit use step.ok")
+        status, short = np.asarray(self.status), np.asarray(self.pages_short)
+        refused = np.argwhere(status != Status.OK)
+        if not refused.size:
+            return
+        lines = []
+        for index in map(tuple, refused):
+            reason = Status(int(status[index]))
+            row = ", ".join(map(str, index))
+            more = f", {int(short[index])} pages short" if reason is Status.NO_PAGES else ""
+            lines.append(f"row {row}: {reason.name}{more}")
+        raise StepError(f"{len(lines)} of {status.size} rows refused: " + "; ".join(lines))

@@ -1,0 +1,1 @@
+"""One file per kernel and architecture; they know arrays, never caches. `paxcache.ops` chooses among them."""

@@ -1,0 +1,248 @@
+"""Every op in plain JAX: runs on any device, and is what other backends are measured against.
+
+Imports JAX alone. Inputs are already checked (by `paxcache.ops`) and in one form: pools ``[L, P, K, S, D]`` with a
+layer index, queries ``[T, H, D]`` with a start and a length for each row.
+
+Attention cuts the queries into *tiles* (up to `tile_len` tokens of one row) and each tile's visible keys into *chunks*
+of a few pages. A loop takes a fixed number of (tile, chunk) *items* at a time, computes their partial softmax and joins
+it to the tiles' running sums: work follows the tokens that exist, and memory does not grow with B × M × S.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, Int32, Shaped
+
+NEG = -1e30  # stands for -inf in running maxima, so that no difference of two of them is NaN
+MAX_TILE_LEN = 64
+CHUNK_TOKENS = 128
+KEY_ELEMENTS = 1 << 20
+"""Elements of K held at once by the attention loop: 4 MB in float32, about a core's cache."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The tiles of a step and the running number of items; see the module's text."""
+
+    tile_rows: Int32[Array, "N"]
+    tile_lens: Int32[Array, "N"]  # queries in the tile; 0 for tiles that stand for none
+    tile_offsets: Int32[Array, "N"]  # of the tile's first query among its row's
+    first_chunks: Int32[Array, "N"]
+    item_ends: Int32[Array, "N"]
+    tile_len: int = dataclasses.field(metadata={"static": True})
+    chunk_pages: int = dataclasses.field(metadata={"static": True})
+
+
+def make_plan(
+    seq_lens: Int32[Array, "B"],
+    query_lens: Int32[Array, "B"],
+    *,
+    num_tokens: int,
+    max_query_len: int,
+    page_size: int,
+    max_pages: int,
+    sliding_window: Int32[Array, ""] | int | None,
+    causal: bool,
+) -> Plan:
+    """Cuts a step into tiles and chunks. Lengths are dynamic, the number of tiles is not."""
+    num_rows = seq_lens.shape[0]
+    # A row's last tile is padded: this length keeps all padding together below the number of tokens.
+    tile_len = max(1, min(MAX_TILE_LEN, max_query_len, num_tokens // num_rows))
+    chunk_pages = max(1, min(max_pages, CHUNK_TOKENS // page_size))
+    chunk_len = chunk_pages * page_size
+    row_tiles = (query_lens + tile_len - 1) // tile_len
+    num_tiles = num_rows * -(-max_query_len // tile_len)
+    num_tiles = min(num_tiles, num_tokens // tile_len + num_rows)
+    tile_ends = jnp.cumsum(row_tiles, dtype=jnp.int32)
+    tiles = jnp.arange(num_tiles, dtype=jnp.int32)
+    row = jnp.sum(
+        tile_ends[None, :] <= tiles[:, None], axis=1, dtype=jnp.int32
+    )  # num_rows past the last tile
+    at = jnp.minimum(row, num_rows - 1)
+    offsets = (tiles - (tile_ends - row_tiles)[at]) * tile_len
+    lens = jnp.where(row < num_rows, jnp.minimum(query_lens[at] - offsets, tile_len), 0)
+    first_query = seq_lens[at] - query_lens[at] + offsets
+    first = jnp.zeros_like(tiles)
+    if sliding_window is not None:
+        first = jnp.maximum(first_query - sliding_window + 1, 0) // chunk_len
+    end = (first_query + lens if causal else seq_lens[at]) + chunk_len - 1
+    chunks = jnp.where(lens > 0, end // chunk_len - first, 0)
+    return Plan(at, lens, offsets, first, jnp.cumsum(chunks, dtype=jnp.int32), tile_len, chunk_pages)
+
+
+def paged_attention(
+    q: Float[Array, "T H D"],
+    k_pages: Float[Array, "L P K S D"],
+    v_pages: Float[Array, "L P K S Dv"] | None,
+    block_tables: Int32[Array, "B M"],
+    seq_lens: Int32[Array, "B"],
+    query_starts: Int32[Array, "B"],
+    query_lens: Int32[Array, "B"],
+    layer: Int32[Array, ""],
+    *,
+    sm_scale: Any,
+    soft_cap: Any,
+    sliding_window: Any,
+    sinks: Float[Array, "H"] | None,
+    causal: bool,
+    plan: Plan,
+) -> tuple[Float[Array, "T H Dv"], Float[Array, "T H"]]:
+    """Attention of each row's queries over its own pages, and the log-sum-exp of each query's scores."""
+    f32 = jnp.float32
+    T, H, D = q.shape
+    _, _, K, S, _ = k_pages.shape
+    G, Q, C = H // K, plan.tile_len, plan.chunk_pages
+    num_tiles, max_pages = plan.tile_rows.shape[0], block_tables.shape[1]
+    Dv = D if v_pages is None else v_pages.shape[-1]
+    precision = lax.Precision.HIGHEST if k_pages.dtype == f32 else None
+
+    num_items = max(1, min(KEY_ELEMENTS // (C * S * K * D), num_tiles * -(-max_pages // C)))
+    total_items = plan.item_ends[-1]
+    in_tile = jnp.arange(Q, dtype=jnp.int32)
+    tokens = query_starts[plan.tile_rows][:, None] + plan.tile_offsets[:, None] + in_tile
+    q_tiles = q[jnp.minimum(tokens, T - 1)].reshape(num_tiles, Q, K, G, D)
+    positions = (seq_lens - query_lens)[plan.tile_rows][:, None] + plan.tile_offsets[:, None] + in_tile
+
+    def step(i, carry):
+        acc, m, l = carry
+        item = i * num_items + jnp.arange(num_items, dtype=jnp.int32)
+        tile = jnp.sum(
+            plan.item_ends[None, :] <= item[:, None], axis=1, dtype=jnp.int32
+        )  # num_tiles past the end
+        at = jnp.minimum(tile, num_tiles - 1)
+        before = jnp.where(at > 0, plan.item_ends[jnp.maximum(at - 1, 0)], 0)
+        row = plan.tile_rows[at]
+        columns = ((plan.first_chunks[at] + item - before) * C)[:, None] + jnp.arange(C, dtype=jnp.int32)
+        pages = block_tables[row[:, None], jnp.minimum(columns, max_pages - 1)]
+        k_pos = columns[:, :, None] * S + jnp.arange(S, dtype=jnp.int32)
+        stored = ((pages >= 0) & (columns < max_pages))[:, :, None] & (k_pos < seq_lens[row][:, None, None])
+        pages = jnp.maximum(pages, 0)
+
+        k = k_pages[layer, pages]  # [N, C, K, S, D]
+        s = jnp.einsum("nqkgd,ncksd->nkqgcs", q_tiles[at], k, preferred_element_type=f32, precision=precision)
+        s = s * sm_scale
+        if soft_cap is not None:
+            s = soft_cap * jnp.tanh(s / soft_cap)
+        visible = stored[:, None]
+        q_pos = positions[at][:, :, None, None]
+        if causal:
+            visible &= k_pos[:, None] <= q_pos
+        if sliding_window is not None:
+            visible &= k_pos[:, None] > q_pos - sliding_window
+        visible = visible[:, None, :, None]  # [N, 1, Q, 1, C, S]
+        s = jnp.where(visible, s, NEG)  # a select: a recycled slot may hold NaN
+        m_item = s.max(axis=(-2, -1))
+        p = jnp.where(visible, jnp.exp(s - m_item[..., None, None]), 0)
+        l_item = p.sum(axis=(-2, -1))
+        v = k[..., :Dv] if v_pages is None else v_pages[layer, pages]
+        v = jnp.where(stored[:, :, None, :, None], v, 0)  # 0 × NaN is NaN
+        o_item = jnp.einsum(
+            "nkqgcs,ncksd->nkqgd", p.astype(v.dtype), v, preferred_element_type=f32, precision=precision
+        )
+
+        # Several items of one tile may meet here: the maximum first, then each item scaled to it. Items that stand
+        # for the same tile write the same rescaled sums, so that the set is well defined, and then add to them.
+        m_old = m[at]
+        m = m.at[tile].max(m_item, mode="drop")
+        rescale, weight = jnp.exp(m_old - m[at]), jnp.exp(m_item - m[at])
+        l = l.at[tile].set(l[at] * rescale, mode="drop").at[tile].add(l_item * weight, mode="drop")
+        acc = acc.at[tile].set(acc[at] * rescale[..., None], mode="drop")
+        acc = acc.at[tile].add(o_item * weight[..., None], mode="drop")
+        return acc, m, l
+
+    shape = (num_tiles, K, Q, G)
+    init = jnp.zeros((*shape, Dv), f32), jnp.full(shape, NEG, f32), jnp.zeros(shape, f32)
+    acc, m, l = lax.fori_loop(0, (total_items + num_items - 1) // num_items, step, init)
+
+    if sinks is not None:
+        sink = sinks.astype(f32).reshape(K, 1, G)
+        m_all = jnp.maximum(m, sink)
+        scale = jnp.exp(m - m_all)
+        acc, l, m = acc * scale[..., None], l * scale + jnp.exp(sink - m_all), m_all
+    out = acc / jnp.where(l > 0, l, 1)[..., None]
+    lse = jnp.where(l > 0, m + jnp.log(jnp.where(l > 0, l, 1)), -jnp.inf)
+
+    # Back to the packed order. Padding writes nothing, so tokens that belong to no row stay zero.
+    to = jnp.where(in_tile < plan.tile_lens[:, None], tokens, T)
+    out = jnp.moveaxis(out, 1, 2).reshape(num_tiles, Q, H, Dv)
+    lse = jnp.moveaxis(lse, 1, 2).reshape(num_tiles, Q, H)
+    out = jnp.zeros((T, H, Dv), q.dtype).at[to].set(out.astype(q.dtype), mode="drop")
+    lse = jnp.full((T, H), -jnp.inf, f32).at[to].set(lse, mode="drop")
+    return out, lse
+
+
+def write_pages(
+    k_pages: Float[Array, "L P K S D"],
+    v_pages: Float[Array, "L P K S Dv"] | None,
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K Dv"] | None,
+    slot_mapping: Int[Array, "T"],
+    layer: Int32[Array, ""],
+) -> tuple[Array, Array | None]:
+    """Writes each token's key and value to its slot; slots outside the pool are dropped. One scatter a pool."""
+    num_pages, page_size = k_pages.shape[1], k_pages.shape[3]
+    # A negative index wraps even with mode="drop", so that it is moved past the end first.
+    page = jnp.where(slot_mapping >= 0, slot_mapping // page_size, num_pages)
+    offset = slot_mapping % page_size
+
+    def write(pool, new):
+        return pool.at[layer, page, :, offset].set(new.astype(pool.dtype), mode="drop")
+
+    return write(k_pages, k), None if v_pages is None else write(v_pages, v)
+
+
+@custom_vmap
+def _largest(x):
+    """The identity, but under vmap the largest of the batch, unbatched: a loop bound that every member shares.
+
+    A loop whose bound is batched would select the whole carry, a pool here, in every iteration.
+    """
+    return x
+
+
+@_largest.def_vmap
+def _(axis_size, in_batched, x):
+    del axis_size
+    return (_largest(x.max(axis=0)) if in_batched[0] else x), False
+
+
+def copy_pages(pool: Shaped[Array, "L P ..."], src: Int32[Array, "N"], dst: Int32[Array, "N"]) -> Array:
+    """Copies pages in all layers; the loop runs once a real copy, so that a call without any costs nothing."""
+    num_pages = pool.shape[1]
+    real = (src >= 0) & (src < num_pages) & (dst >= 0) & (dst < num_pages)
+    order = jnp.where(real, jnp.cumsum(real, dtype=jnp.int32) - 1, src.shape[0])
+    pairs = jnp.stack([jnp.zeros_like(src), jnp.full_like(dst, -1)])
+    pairs = pairs.at[:, order].set(jnp.stack([src, dst]), mode="drop")
+
+    def copy(i, pool):
+        source, target = pairs[:, i]
+        page = lax.dynamic_slice_in_dim(pool, source, 1, axis=1)
+        to = jnp.maximum(target, 0)
+        old = lax.dynamic_slice_in_dim(pool, to, 1, axis=1)  # kept by a vmapped cache with fewer copies
+        return lax.dynamic_update_slice_in_dim(pool, jnp.where(target >= 0, page, old), to, axis=1)
+
+    return lax.fori_loop(0, _largest(real.sum(dtype=jnp.int32)), copy, pool)
+
+
+def gather_pages(pool: Shaped[Array, "L P ..."], page_ids: Int32[Array, "N"]) -> Shaped[Array, "N L ..."]:
+    """Pages with all their layers, page-major; zeros for ids outside the pool."""
+    num_pages = pool.shape[1]
+    ids = jnp.where((page_ids >= 0) & (page_ids < num_pages), page_ids, num_pages)
+    return jnp.moveaxis(pool.at[:, ids].get(mode="fill", fill_value=0), 1, 0)
+
+
+def scatter_pages(
+    pool: Shaped[Array, "L P ..."], page_ids: Int32[Array, "N"], blocks: Shaped[Array, "N L ..."]
+) -> Array:
+    """Puts page-major blocks back; ids outside the pool are dropped."""
+    ids = jnp.where(page_ids >= 0, page_ids, pool.shape[1])
+    return pool.at[:, ids].set(jnp.moveaxis(blocks, 0, 1).astype(pool.dtype), mode="drop")
