@@ -31,6 +31,7 @@ class Touched(NamedTuple):
     pages: Int32[Array, "B E"]  # what they map now
     shared: Bool[Array, "B E"]  # mapped by others too
     needs: Bool[Array, "B E"]  # must get a fresh page
+    ranks: Int32[Array, "B E"]  # running number of the needed pages, in row order, from 1
 
 
 class Copies(NamedTuple):
@@ -45,10 +46,20 @@ def cdiv(a, b):
     return (a + (b - 1)) // b
 
 
-def count_references(block_tables: Int32[Array, "N M"], num_pages: int) -> Int32[Array, "P"]:
-    """How often each page stands in the tables."""
-    pages = jnp.where(block_tables >= 0, block_tables, num_pages)
-    return jnp.zeros(num_pages, jnp.int32).at[pages].add(1, mode="drop")
+def running_sum(x: Int32[Array, "... N"]) -> Int32[Array, "... N"]:
+    """Inclusive prefix sums along the last axis. Where that is little work, one masked reduction: a single GPU kernel."""
+    size = x.shape[-1]
+    if x.size * size > 1 << 20:
+        return jnp.cumsum(x, axis=-1, dtype=jnp.int32)
+    index = jnp.arange(size, dtype=jnp.int32)
+    return jnp.sum(jnp.where(index <= index[:, None], x[..., None, :], 0), axis=-1, dtype=jnp.int32)
+
+
+def add_references(
+    ref_counts: Int32[Array, "P"], pages: Int32[Array, "..."], amount: int
+) -> Int32[Array, "P"]:
+    """Counts with `amount` added for each time a page stands in `pages`; negative entries count for none."""
+    return ref_counts.at[jnp.where(pages >= 0, pages, ref_counts.shape[0])].add(amount, mode="drop")
 
 
 def idle_rows(seq_lens: Int32[Array, "B"], tables: list[Int32[Array, "B M"]]) -> Bool[Array, "B"]:
@@ -76,7 +87,7 @@ def request(
         assert num_tokens is not None
         # One row can pass the step's end by any amount: cut it there, so that the running sum fits int32.
         bounded = jnp.minimum(wanted, num_tokens + 1)
-        ends = jnp.cumsum(bounded, dtype=jnp.int32)
+        ends = running_sum(bounded)
         starts = ends - bounded
         too_many = (ends > num_tokens) & (wanted > 0)
     status = jnp.where(too_many, Status.STEP_FULL, Status.OK)
@@ -102,7 +113,10 @@ def touch(
     active = (columns < end[:, None]) & (query_lens > 0)[:, None]
     pages = jnp.take_along_axis(block_tables, jnp.minimum(columns, max_pages - 1), axis=1)
     shared = active & (pages >= 0) & (ref_counts[jnp.maximum(pages, 0)] > 1)
-    return Touched(columns, pages, shared, active & ((pages < 0) | shared))
+    needs = active & ((pages < 0) | shared)
+    in_row = running_sum(needs)
+    before = running_sum(in_row[:, -1]) - in_row[:, -1]
+    return Touched(columns, pages, shared, needs, before[:, None] + in_row)
 
 
 def admit(
@@ -111,9 +125,8 @@ def admit(
     """Which rows get their pages, in row order without overtaking, and how many pages each refused one is short of."""
     ok, short = jnp.bool_(True), jnp.int32(0)
     for entries, counts in zip(touched, ref_counts, strict=True):
-        need = entries.needs.sum(axis=1, dtype=jnp.int32)
-        free = (counts == 0).sum(dtype=jnp.int32)
-        missing = jnp.where(need > 0, jnp.cumsum(need, dtype=jnp.int32) - free, 0)
+        free = jnp.cumsum(counts == 0, dtype=jnp.int32)[-1]  # `allocate` wants the same sums: computed once
+        missing = jnp.where(entries.needs.any(axis=1), entries.ranks[:, -1] - free, 0)
         ok &= missing <= 0
         short = jnp.maximum(short, missing)
     return ok, short
@@ -131,21 +144,20 @@ def allocate(
     """Maps a fresh page wherever a served row needs one, and names the shared pages whose tokens must be copied."""
     num_pages, max_pages = ref_counts.shape[0], block_tables.shape[1]
     take = touched.needs & ok[:, None]
-    rank = jnp.cumsum(take.reshape(-1), dtype=jnp.int32).reshape(take.shape)  # from 1, in row order
-    free = ref_counts == 0
-    free_rank = jnp.cumsum(free, dtype=jnp.int32)
     most = min(num_pages, take.size)
+    rank = jnp.cumsum(ref_counts == 0, dtype=jnp.int32)  # of the free pages, from 1
     fresh = jnp.zeros(most, jnp.int32)
-    fresh = fresh.at[jnp.where(free & (free_rank <= most), free_rank - 1, most)].set(
+    fresh = fresh.at[jnp.where((ref_counts == 0) & (rank <= most), rank - 1, most)].set(
         jnp.arange(num_pages, dtype=jnp.int32), mode="drop"
     )
-    pages = jnp.where(take, fresh[jnp.clip(rank - 1, 0, most - 1)], touched.pages)
+    # A served row's pages are all among the free ones. Rows refused for another group's sake leave gaps in the ranks.
+    pages = jnp.where(take, fresh[jnp.clip(touched.ranks - 1, 0, most - 1)], touched.pages)
 
     row_ids = jnp.arange(take.shape[0], dtype=jnp.int32)[:, None]
     tables = block_tables.at[row_ids, jnp.where(take, touched.columns, max_pages)].set(pages, mode="drop")
     left = take & touched.shared
-    counts = ref_counts + (free & (free_rank <= rank[-1, -1]))
-    counts = counts.at[jnp.where(left, touched.pages, num_pages)].add(-1, mode="drop")
+    changed = jnp.stack([jnp.where(take, pages, num_pages), jnp.where(left, touched.pages, num_pages)])
+    counts = ref_counts.at[changed].add(jnp.array([1, -1], jnp.int32)[:, None, None], mode="drop")
 
     # Only the page of the first new slot holds tokens that the row keeps; it does so unless that slot is its first.
     copy = left[:, 0] & (seq_lens % page_size > 0)
@@ -156,8 +168,7 @@ def unmap(
     block_tables: Int32[Array, "B M"], ref_counts: Int32[Array, "P"], where: Bool[Array, "B M"]
 ) -> tuple[Int32[Array, "B M"], Int32[Array, "P"]]:
     """Gives back the mapped entries that `where` marks."""
-    gone = jnp.where(where, block_tables, NO_PAGE)
-    counts = ref_counts - count_references(gone, ref_counts.shape[0])
+    counts = add_references(ref_counts, jnp.where(where, block_tables, NO_PAGE), -1)
     return jnp.where(where, NO_PAGE, block_tables), counts
 
 
@@ -181,8 +192,7 @@ def remap(
     block_tables: Int32[Array, "B M"], ref_counts: Int32[Array, "P"], new_tables: Int32[Array, "B M"]
 ) -> Int32[Array, "P"]:
     """Counts after the rows' tables become `new_tables`; references from outside stay counted."""
-    num_pages = ref_counts.shape[0]
-    return ref_counts + count_references(new_tables, num_pages) - count_references(block_tables, num_pages)
+    return add_references(add_references(ref_counts, new_tables, 1), block_tables, -1)
 
 
 def check_forks(

@@ -392,9 +392,7 @@ def copy_pages(
     src = _checks.int_array("src", src, "N")
     dst = _checks.int_array("dst", dst, "N", N=src.shape[0])
     pages = _no_derivative("copy_pages", pages)
-    return _dispatch(
-        "copy_pages", implementation, xla=lambda: jax.tree.map(lambda p: xla.copy_pages(p, src, dst), pages)
-    )
+    return _dispatch("copy_pages", implementation, xla=lambda: xla.copy_pages(pages, src, dst))
 
 
 def gather_pages(

@@ -1,6 +1,6 @@
 """Every op in plain JAX: runs on any device, and is what other backends are measured against.
 
-Imports JAX alone. Inputs are already checked (by `paxcache.ops`) and in one form: pools ``[L, P, K, S, D]`` with a
+Imports `_allocator` for its sums alone. Inputs are already checked (by `paxcache.ops`) and in one form: pools ``[L, P, K, S, D]`` with a
 layer index, queries ``[T, H, D]`` with a start and a length for each row.
 
 Attention cuts the queries into *tiles* (up to `tile_len` tokens of one row) and each tile's visible keys into *chunks*
@@ -18,8 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from paxcache._allocator import running_sum
+
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, Int32, Shaped
+    from jaxtyping import Array, Float, Int, Int32, PyTree, Shaped
 
 NEG = -1e30  # stands for -inf in running maxima, so that no difference of two of them is NaN
 MAX_TILE_LEN = 64
@@ -61,8 +63,8 @@ def make_plan(
     chunk_len = chunk_pages * page_size
     row_tiles = (query_lens + tile_len - 1) // tile_len
     num_tiles = num_rows * -(-max_query_len // tile_len)
-    num_tiles = min(num_tiles, num_tokens // tile_len + num_rows)
-    tile_ends = jnp.cumsum(row_tiles, dtype=jnp.int32)
+    num_tiles = min(num_tiles, (num_tokens + num_rows * (tile_len - 1)) // tile_len)
+    tile_ends = running_sum(row_tiles)
     tiles = jnp.arange(num_tiles, dtype=jnp.int32)
     row = jnp.sum(
         tile_ends[None, :] <= tiles[:, None], axis=1, dtype=jnp.int32
@@ -76,7 +78,7 @@ def make_plan(
         first = jnp.maximum(first_query - sliding_window + 1, 0) // chunk_len
     end = (first_query + lens if causal else seq_lens[at]) + chunk_len - 1
     chunks = jnp.where(lens > 0, end // chunk_len - first, 0)
-    return Plan(at, lens, offsets, first, jnp.cumsum(chunks, dtype=jnp.int32), tile_len, chunk_pages)
+    return Plan(at, lens, offsets, first, running_sum(chunks), tile_len, chunk_pages)
 
 
 def paged_attention(
@@ -215,22 +217,28 @@ def _(axis_size, in_batched, x):
     return (_largest(x.max(axis=0)) if in_batched[0] else x), False
 
 
-def copy_pages(pool: Shaped[Array, "L P ..."], src: Int32[Array, "N"], dst: Int32[Array, "N"]) -> Array:
+def copy_pages(
+    pools: PyTree[Shaped[Array, "L P ..."]], src: Int32[Array, "N"], dst: Int32[Array, "N"]
+) -> PyTree[Shaped[Array, "L P ..."]]:
     """Copies pages in all layers; the loop runs once a real copy, so that a call without any costs nothing."""
-    num_pages = pool.shape[1]
+    num_pages = jax.tree.leaves(pools)[0].shape[1]
     real = (src >= 0) & (src < num_pages) & (dst >= 0) & (dst < num_pages)
-    order = jnp.where(real, jnp.cumsum(real, dtype=jnp.int32) - 1, src.shape[0])
+    order = jnp.where(real, running_sum(real) - 1, src.shape[0])
     pairs = jnp.stack([jnp.zeros_like(src), jnp.full_like(dst, -1)])
     pairs = pairs.at[:, order].set(jnp.stack([src, dst]), mode="drop")
 
-    def copy(i, pool):
+    def copy(i, pools):
         source, target = pairs[:, i]
-        page = lax.dynamic_slice_in_dim(pool, source, 1, axis=1)
         to = jnp.maximum(target, 0)
-        old = lax.dynamic_slice_in_dim(pool, to, 1, axis=1)  # kept by a vmapped cache with fewer copies
-        return lax.dynamic_update_slice_in_dim(pool, jnp.where(target >= 0, page, old), to, axis=1)
 
-    return lax.fori_loop(0, _largest(real.sum(dtype=jnp.int32)), copy, pool)
+        def one(pool):
+            page = lax.dynamic_slice_in_dim(pool, source, 1, axis=1)
+            old = lax.dynamic_slice_in_dim(pool, to, 1, axis=1)  # kept by a vmapped cache with fewer copies
+            return lax.dynamic_update_slice_in_dim(pool, jnp.where(target >= 0, page, old), to, axis=1)
+
+        return jax.tree.map(one, pools)
+
+    return lax.fori_loop(0, _largest(real.sum(dtype=jnp.int32)), copy, pools)
 
 
 def gather_pages(pool: Shaped[Array, "L P ..."], page_ids: Int32[Array, "N"]) -> Shaped[Array, "N L ..."]:
