@@ -1,7 +1,7 @@
 """Every op in plain JAX: runs on any device, and is what other backends are measured against.
 
-Imports `_allocator` for its sums alone. Inputs are already checked (by `paxcache.ops`) and in one form: pools ``[L, P, K, S, D]`` with a
-layer index, queries ``[T, H, D]`` with a start and a length for each row.
+Imports `_allocator`, for its sums. Inputs are already checked (by `paxcache.ops`) and in one form: pools
+``[L, P, K, S, D]`` with a layer index, queries ``[T, H, D]`` with a start and a length for each row.
 
 Attention cuts the queries into *tiles* (up to `tile_len` tokens of one row) and each tile's visible keys into *chunks*
 of a few pages. A loop takes a fixed number of (tile, chunk) *items* at a time, computes their partial softmax and joins
@@ -107,12 +107,42 @@ def paged_attention(
     Dv = D if v_pages is None else v_pages.shape[-1]
     precision = lax.Precision.HIGHEST if k_pages.dtype == f32 else None
 
-    num_items = max(1, min(KEY_ELEMENTS // (C * S * K * D), num_tiles * -(-max_pages // C)))
-    total_items = plan.item_ends[-1]
     in_tile = jnp.arange(Q, dtype=jnp.int32)
     tokens = query_starts[plan.tile_rows][:, None] + plan.tile_offsets[:, None] + in_tile
     q_tiles = q[jnp.minimum(tokens, T - 1)].reshape(num_tiles, Q, K, G, D)
     positions = (seq_lens - query_lens)[plan.tile_rows][:, None] + plan.tile_offsets[:, None] + in_tile
+
+    def attend(tiles, columns):
+        """Softmax of tiles [N] over the pages in table columns [N, C]: unnormalised sum, maximum and denominator."""
+        row = plan.tile_rows[tiles]
+        pages = block_tables[row[:, None], jnp.minimum(columns, max_pages - 1)]
+        k_pos = columns[:, :, None] * S + jnp.arange(S, dtype=jnp.int32)
+        stored = ((pages >= 0) & (columns < max_pages))[:, :, None] & (k_pos < seq_lens[row][:, None, None])
+        pages = jnp.maximum(pages, 0)
+
+        k = k_pages[layer, pages]  # [N, C, K, S, D]
+        s = jnp.einsum(
+            "nqkgd,ncksd->nkqgcs", q_tiles[tiles], k, preferred_element_type=f32, precision=precision
+        )
+        s = s * sm_scale
+        if soft_cap is not None:
+            s = soft_cap * jnp.tanh(s / soft_cap)
+        visible = stored[:, None]
+        q_pos = positions[tiles][:, :, None, None]
+        if causal:
+            visible &= k_pos[:, None] <= q_pos
+        if sliding_window is not None:
+            visible &= k_pos[:, None] > q_pos - sliding_window
+        visible = visible[:, None, :, None]  # [N, 1, Q, 1, C, S]
+        s = jnp.where(visible, s, NEG)  # a select: a recycled slot may hold NaN
+        m = s.max(axis=(-2, -1))
+        p = jnp.where(visible, jnp.exp(s - m[..., None, None]), 0)
+        v = k[..., :Dv] if v_pages is None else v_pages[layer, pages]
+        v = jnp.where(stored[:, :, None, :, None], v, 0)  # 0 × NaN is NaN
+        acc = jnp.einsum(
+            "nkqgcs,ncksd->nkqgd", p.astype(v.dtype), v, preferred_element_type=f32, precision=precision
+        )
+        return acc, m, p.sum(axis=(-2, -1))
 
     def step(i, carry):
         acc, m, l = carry
@@ -122,35 +152,8 @@ def paged_attention(
         )  # num_tiles past the end
         at = jnp.minimum(tile, num_tiles - 1)
         before = jnp.where(at > 0, plan.item_ends[jnp.maximum(at - 1, 0)], 0)
-        row = plan.tile_rows[at]
         columns = ((plan.first_chunks[at] + item - before) * C)[:, None] + jnp.arange(C, dtype=jnp.int32)
-        pages = block_tables[row[:, None], jnp.minimum(columns, max_pages - 1)]
-        k_pos = columns[:, :, None] * S + jnp.arange(S, dtype=jnp.int32)
-        stored = ((pages >= 0) & (columns < max_pages))[:, :, None] & (k_pos < seq_lens[row][:, None, None])
-        pages = jnp.maximum(pages, 0)
-
-        k = k_pages[layer, pages]  # [N, C, K, S, D]
-        s = jnp.einsum("nqkgd,ncksd->nkqgcs", q_tiles[at], k, preferred_element_type=f32, precision=precision)
-        s = s * sm_scale
-        if soft_cap is not None:
-            s = soft_cap * jnp.tanh(s / soft_cap)
-        visible = stored[:, None]
-        q_pos = positions[at][:, :, None, None]
-        if causal:
-            visible &= k_pos[:, None] <= q_pos
-        if sliding_window is not None:
-            visible &= k_pos[:, None] > q_pos - sliding_window
-        visible = visible[:, None, :, None]  # [N, 1, Q, 1, C, S]
-        s = jnp.where(visible, s, NEG)  # a select: a recycled slot may hold NaN
-        m_item = s.max(axis=(-2, -1))
-        p = jnp.where(visible, jnp.exp(s - m_item[..., None, None]), 0)
-        l_item = p.sum(axis=(-2, -1))
-        v = k[..., :Dv] if v_pages is None else v_pages[layer, pages]
-        v = jnp.where(stored[:, :, None, :, None], v, 0)  # 0 × NaN is NaN
-        o_item = jnp.einsum(
-            "nkqgcs,ncksd->nkqgd", p.astype(v.dtype), v, preferred_element_type=f32, precision=precision
-        )
-
+        acc_item, m_item, l_item = attend(at, columns)
         # Several items of one tile may meet here: the maximum first, then each item scaled to it. Items that stand
         # for the same tile write the same rescaled sums, so that the set is well defined, and then add to them.
         m_old = m[at]
@@ -158,12 +161,19 @@ def paged_attention(
         rescale, weight = jnp.exp(m_old - m[at]), jnp.exp(m_item - m[at])
         l = l.at[tile].set(l[at] * rescale, mode="drop").at[tile].add(l_item * weight, mode="drop")
         acc = acc.at[tile].set(acc[at] * rescale[..., None], mode="drop")
-        acc = acc.at[tile].add(o_item * weight[..., None], mode="drop")
+        acc = acc.at[tile].add(acc_item * weight[..., None], mode="drop")
         return acc, m, l
 
-    shape = (num_tiles, K, Q, G)
-    init = jnp.zeros((*shape, Dv), f32), jnp.full(shape, NEG, f32), jnp.zeros(shape, f32)
-    acc, m, l = lax.fori_loop(0, (total_items + num_items - 1) // num_items, step, init)
+    if num_tiles * max_pages * S * max(K * D, Q * H) <= KEY_ELEMENTS:
+        # So small a step is one item a tile, and nothing is left to join.
+        columns = jnp.broadcast_to(jnp.arange(max_pages, dtype=jnp.int32), (num_tiles, max_pages))
+        acc, m, l = attend(jnp.arange(num_tiles, dtype=jnp.int32), columns)
+    else:
+        num_items = max(1, min(KEY_ELEMENTS // (C * S * K * D), num_tiles * -(-max_pages // C)))
+        num_steps = (plan.item_ends[-1] + num_items - 1) // num_items
+        shape = (num_tiles, K, Q, G)
+        init = jnp.zeros((*shape, Dv), f32), jnp.full(shape, NEG, f32), jnp.zeros(shape, f32)
+        acc, m, l = lax.fori_loop(0, num_steps, step, init)
 
     if sinks is not None:
         sink = sinks.astype(f32).reshape(K, 1, G)
