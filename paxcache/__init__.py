@@ -6,11 +6,14 @@ The cache is a value: `init` makes one, and every other function takes one and r
     cache = paxcache.append(cache, layer, k, v, step)                # in each layer
     out = paxcache.attend(cache, layer, q, step)
 
-`paxcache.ops` holds the array-level ops. `paxcache.nnx` and `paxcache.linen` hold the Flax layers and are imported by
-name, since they alone need Flax.
+`generate` and `stream` run a model over it until every prompt is answered, in one compiled program.
+
+`paxcache.ops` holds the array-level ops, `paxcache.sharding` the layout over devices. `paxcache.nnx` and
+`paxcache.linen` hold the Flax layers and are imported by name, since they alone need Flax.
 """
 
 from paxcache import ops as ops
+from paxcache import sharding as sharding
 from paxcache._cache import append as append
 from paxcache._cache import attend as attend
 from paxcache._cache import extend as extend
@@ -19,10 +22,16 @@ from paxcache._cache import init as init
 from paxcache._cache import release as release
 from paxcache._cache import reorder as reorder
 from paxcache._cache import truncate as truncate
+from paxcache._generate import Generation as Generation
+from paxcache._generate import StopReason as StopReason
+from paxcache._generate import Stream as Stream
+from paxcache._generate import generate as generate
+from paxcache._generate import stream as stream
 from paxcache._inspect import Stats as Stats
 from paxcache._inspect import check as check
 from paxcache._inspect import gather_dense as gather_dense
 from paxcache._inspect import stats as stats
+from paxcache._sampling import Sampling as Sampling
 from paxcache._types import NO_PAGE as NO_PAGE
 from paxcache._types import CacheConfig as CacheConfig
 from paxcache._types import InvariantError as InvariantError

@@ -1,0 +1,781 @@
+"""Batched text generation as one compiled program. Imports JAX and the modules of the cache; never Flax.
+
+Terms of this module: N prompts wait for R *lanes*. A lane is a cache row that was idle when generation began; R is
+the smaller of N and the rows of the cache, so a step never computes more rows than there are prompts. A prompt *runs*
+while it has a lane and *waits* otherwise. ``tokens[n]`` holds a prompt and what was generated from it; the tokens of a
+lane still to be computed are those from its row's cached length on. That single rule makes prefill, chunked prefill,
+decoding and the recomputation after a preemption the same step: compute the next tokens of every lane, and where a
+lane has none left, sample one more.
+
+Why it ends: tokens and pages go to the lanes in the order of their prompts, so the oldest running prompt advances in
+every step in which any page is free. In a step that advances nobody the youngest gives its pages back; alone, it stops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from paxcache import _checks
+from paxcache._allocator import cdiv, idle_rows
+from paxcache._cache import extend, release
+from paxcache._sampling import Rules, Sampling, log_probability, per_prompt, resolve, sample
+from paxcache._types import INT32_MAX, PagedKVCache
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float32, Int32
+
+type ModelFn = Callable[..., tuple[jax.Array, PagedKVCache]]
+"""``model_fn(params, tokens i32[T], cache, step, logits_at i32[R]) -> (logits [R, V], cache)``, see `generate`."""
+
+_GREEDY = Sampling()
+_DEFAULT_CHUNK_SIZE = 512
+_DEFAULT_INTERVAL = 16
+
+
+class StopReason(enum.IntEnum):
+    """Why generation from a prompt ended (values of ``Generation.stop_reasons``)."""
+
+    UNFINISHED = 0
+    """It did not: the stream was closed before."""
+    STOP_TOKEN = 1
+    """It produced one of its stop tokens, which is the last of its tokens."""
+    LENGTH = 2
+    """It has as many tokens as were asked for."""
+    ROW_FULL = 3
+    """Its row can hold no more (``max_pages_per_seq`` pages); a prompt longer than a row gives no tokens."""
+    NO_PAGES = 4
+    """It ran alone and the pool had no page left for it."""
+    NO_ROW = 5
+    """The cache had no idle row to run it in."""
+    INVALID = 6
+    """Its (traced) length was below 1 or above the width of the prompts."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns."""
+
+    tokens: Int32[Array, "N max_new"]
+    """Generated tokens of each prompt, a stop token included; 0 past the length."""
+    lengths: Int32[Array, "N"]
+    """How many tokens were generated."""
+    stop_reasons: Int32[Array, "N"]
+    """A `StopReason` for each prompt."""
+    logprobs: Float32[Array, "N max_new"] | None
+    """Log-probability of each token under the model's raw logits, 0 past the length; None if not asked for."""
+    cache: PagedKVCache
+    """The cache; every row that generation used is idle again."""
+    num_steps: Int32[Array, ""]
+    """Forward passes."""
+    num_preemptions: Int32[Array, ""]
+    """How often a prompt gave its pages back, to be recomputed later."""
+
+    def to_lists(self) -> list[list[int]]:
+        """The generated tokens as Python lists, without padding; read on the host."""
+        return [
+            row[:n].tolist() for row, n in zip(np.asarray(self.tokens), np.asarray(self.lengths), strict=True)
+        ]
+
+
+class _Job(NamedTuple):
+    """What was asked for. Constant while the program runs."""
+
+    prompt_lens: Int32[Array, "N"]
+    limits: Int32[Array, "N"]  # of prompt and generated tokens together
+    seeds: Int32[Array, "N"]
+    stop_tokens: Int32[Array, "N E"]  # -1 is padding
+    rules: Rules
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """What the program's loops carry."""
+
+    cache: PagedKVCache
+    tokens: Int32[Array, "N W"]
+    num_tokens: Int32[Array, "N"]  # prompt and generated
+    reasons: Int32[Array, "N"]
+    logprobs: Float32[Array, "N max_new"] | None
+    lane_rows: Int32[Array, "R"]  # B where the cache had fewer idle rows than lanes; never changes
+    lane_prompts: Int32[Array, "R"]  # N where the lane is idle
+    starved: Bool[Array, "R"]  # got fewer tokens than it could have had, for want of pages
+    stalled: Bool[Array, ""]  # the last step advanced no lane
+    changed: Bool[Array, ""]  # a prompt stopped or nobody advances: lanes are to be handed out anew
+    num_steps: Int32[Array, ""]
+    num_preemptions: Int32[Array, ""]
+
+    @property
+    def prompts(self) -> Int32[Array, "R"]:
+        """Each lane's prompt; any prompt for an idle lane."""
+        return jnp.minimum(self.lane_prompts, self.tokens.shape[0] - 1)
+
+    @property
+    def running(self) -> Bool[Array, "R"]:
+        """Lanes whose prompt is unfinished."""
+        return (self.lane_prompts < self.tokens.shape[0]) & (
+            self.reasons[self.prompts] == StopReason.UNFINISHED
+        )
+
+    @property
+    def cached(self) -> Int32[Array, "R"]:
+        """Tokens in each lane's row."""
+        return self.cache.seq_lens[jnp.minimum(self.lane_rows, self.cache.max_seqs - 1)]
+
+    @property
+    def wanted(self) -> Int32[Array, "R"]:
+        """Tokens that each lane has yet to compute; at least 1 while it runs, its newest token."""
+        return jnp.where(self.running, self.num_tokens[self.prompts] - self.cached, 0)
+
+
+def _scatter(size: int, fill: Any, where: Any, index: Any, values: Any) -> jax.Array:
+    """An array of `fill` with the values that `where` marks put at their indices."""
+    empty = jnp.full(size, fill, jnp.asarray(values).dtype)
+    return empty.at[jnp.where(where, index, size)].set(values, mode="drop")
+
+
+def _sum_of_older(prompts: Int32[Array, "R"], values: Int32[Array, "R"]) -> Int32[Array, "R"]:
+    """Per lane, the sum over the lanes with lower prompts: a running sum in prompt order without sorting."""
+    older = prompts[None, :] < prompts[:, None]
+    return jnp.sum(jnp.where(older, values[None, :], 0), axis=1, dtype=jnp.int32)
+
+
+# The parts of the program, each from a state to a state.
+
+
+def _admit(job: _Job, state: _State, *, chunk_size: int) -> _State:
+    """Gives idle lanes to waiting prompts, lowest first, as long as the pages of all running prompts suffice.
+
+    Pages are counted by what each prompt will hold when it has computed its tokens and one more, not by what it maps
+    now, so that prompts admitted together do not count the same free pages twice. While nothing runs the first prompt
+    is admitted whatever the count: its steps find out whether it can go on.
+    """
+    cache, N, R = state.cache, state.tokens.shape[0], state.lane_rows.shape[0]
+    seated = jnp.zeros(N, bool).at[state.lane_prompts].set(True, mode="drop")
+    waiting = (state.reasons == StopReason.UNFINISHED) & ~seated
+    idle = (state.lane_prompts == N) & (state.lane_rows < cache.max_seqs)
+    turn, seat = jnp.cumsum(waiting, dtype=jnp.int32) - 1, jnp.cumsum(idle, dtype=jnp.int32) - 1
+
+    row_capacity = cache.max_pages_per_seq * cache.page_size
+    soon = jnp.minimum(jnp.minimum(state.num_tokens + 1, job.limits - 1), row_capacity)
+    fits = jnp.bool_(True)
+    for group in cache.groups:
+        pages = cdiv(soon, cache.page_size)
+        if group.sliding_window is not None:  # pages left of the window come back, one step after the chunk
+            most = cdiv(group.sliding_window + 2 * chunk_size, cache.page_size) + 1
+            pages = jnp.minimum(pages, most)
+        held = jnp.sum(jnp.where(state.running, pages[state.prompts], 0), dtype=jnp.int32)
+        mapped = (group.block_tables >= 0).sum(axis=1, dtype=jnp.int32)
+        mapped = jnp.sum(mapped.at[state.lane_rows].get(mode="fill", fill_value=0), dtype=jnp.int32)
+        free = (group.ref_counts == 0).sum(dtype=jnp.int32)
+        new = jnp.cumsum(jnp.where(waiting & (turn < R), pages, 0), dtype=jnp.int32)
+        fits &= held + new <= free + mapped
+    fits |= (turn == 0) & ~state.running.any()
+    admitted = waiting & fits & (turn < idle.sum(dtype=jnp.int32))
+
+    next_prompts = _scatter(R, N, admitted, turn, jnp.arange(N, dtype=jnp.int32))
+    return dataclasses.replace(
+        state,
+        lane_prompts=jnp.where(idle, next_prompts[jnp.maximum(seat, 0)], state.lane_prompts),
+        starved=state.starved & ~idle,
+    )
+
+
+def _share_out(state: _State, *, num_tokens: int) -> tuple[Int32[Array, "R"], Int32[Array, "R"]]:
+    """The tokens that each lane gets of a step's, and those that it would get if pages were plenty.
+
+    One token goes to every lane that wants but one; the others take what is left, oldest prompt first. Pages are dealt
+    in the order of the prompts too, and a lane takes only the tokens that its pages hold. `extend` decides in the end;
+    dealing here keeps a long prompt in a low row from standing before an older prompt in a higher one.
+    """
+    cache, prompts = state.cache, state.lane_prompts
+    wanted = jnp.minimum(state.wanted, num_tokens)
+    one = wanted == 1
+    left = num_tokens - one.sum(dtype=jnp.int32)
+    many = jnp.where(one, 0, wanted)
+    asked = jnp.where(one, 1, jnp.clip(left - _sum_of_older(prompts, many), 0, many))
+
+    in_last_page = (-state.cached) % cache.page_size  # slots of mapped pages that are yet empty
+    need = cdiv(jnp.maximum(asked - in_last_page, 0), cache.page_size)
+    free = jnp.stack([(g.ref_counts == 0).sum(dtype=jnp.int32) for g in cache.groups]).min()
+    pages = jnp.clip(free - _sum_of_older(prompts, need), 0, need)
+    return jnp.minimum(asked, in_last_page + pages * cache.page_size), asked
+
+
+def _step(model_fn: ModelFn, params: Any, job: _Job, state: _State, *, num_tokens: int) -> _State:
+    """Computes the lanes' next tokens, `num_tokens` at most, and samples where a lane has computed all it has."""
+    B, N, R = state.cache.max_seqs, state.tokens.shape[0], state.lane_rows.shape[0]
+    wanted, prompts = state.wanted, state.prompts
+    granted, asked = _share_out(state, num_tokens=num_tokens)
+    query_lens = jnp.zeros(B, jnp.int32).at[state.lane_rows].set(granted, mode="drop")
+    cache, step = extend(state.cache, query_lens, num_tokens=num_tokens)
+
+    rows = jnp.minimum(state.lane_rows, B - 1)
+    computed = jnp.where(state.running, step.query_lens[rows], 0)
+    prompt_of_row = jnp.zeros(B, jnp.int32).at[state.lane_rows].set(prompts, mode="drop")
+    tokens = state.tokens[prompt_of_row[jnp.minimum(step.rows, B - 1)], step.positions]
+    tokens = jnp.where(step.rows < B, tokens, 0)
+    logits_at = jnp.where(computed > 0, step.query_starts[rows] + computed - 1, 0)
+    logits, cache = model_fn(params, tokens, cache, step, logits_at)
+    if logits.ndim != 2 or logits.shape[0] != R:
+        raise ValueError(f"model_fn: expected logits [R={R}, V], got {_checks.describe(logits)}")
+
+    totals = state.num_tokens[prompts]
+    done = (computed > 0) & (computed == wanted)
+    rules = job.rules.of(prompts)
+    history = None if rules.repetition_penalty is None else state.tokens[prompts]
+    chosen = sample(
+        logits, rules, seeds=job.seeds[prompts], positions=totals, tokens=history, num_tokens=totals
+    )
+    at = jnp.where(done, prompts, N)
+    logprobs = state.logprobs
+    if logprobs is not None:
+        values = log_probability(logits, chosen)
+        logprobs = logprobs.at[at, totals - job.prompt_lens[prompts]].set(values, mode="drop")
+
+    row_capacity = cache.max_pages_per_seq * cache.page_size
+    reason = jnp.where(totals + 1 > row_capacity, StopReason.ROW_FULL, StopReason.UNFINISHED)
+    reason = jnp.where(totals + 1 >= job.limits[prompts], StopReason.LENGTH, reason)
+    is_stop = (chosen[:, None] == job.stop_tokens[prompts]).any(axis=1)
+    reason = jnp.where(is_stop, StopReason.STOP_TOKEN, reason).astype(jnp.int32)
+    stalled = ~(computed > 0).any()
+    return dataclasses.replace(
+        state,
+        cache=cache,
+        tokens=state.tokens.at[at, totals].set(chosen, mode="drop"),
+        num_tokens=state.num_tokens.at[at].add(1, mode="drop"),
+        reasons=state.reasons.at[at].set(reason, mode="drop"),
+        logprobs=logprobs,
+        starved=jnp.where(asked > 0, computed < asked, state.starved),
+        stalled=stalled,
+        changed=stalled | (done & (reason != StopReason.UNFINISHED)).any(),
+        num_steps=state.num_steps + 1,
+    )
+
+
+def _retire(state: _State) -> _State:
+    """Empties the rows of prompts that stopped; if nobody advanced, stops or preempts the youngest prompt."""
+    B, N, R = state.cache.max_seqs, state.tokens.shape[0], state.lane_rows.shape[0]
+    running = state.running
+    youngest = jnp.argmax(jnp.where(running, state.lane_prompts, -1)).astype(jnp.int32)
+    alone = running.sum(dtype=jnp.int32) == 1
+    stops = jnp.where(state.stalled & alone, state.prompts[youngest], N)
+    reasons = state.reasons.at[stops].set(StopReason.NO_PAGES, mode="drop")
+    preempted = state.stalled & ~alone
+    leaves = (state.lane_prompts < N) & (reasons[state.prompts] != StopReason.UNFINISHED)
+    leaves |= preempted & (jnp.arange(R, dtype=jnp.int32) == youngest)
+    rows = jnp.zeros(B, bool).at[state.lane_rows].set(leaves, mode="drop")
+    return dataclasses.replace(
+        state,
+        cache=release(state.cache, rows),
+        reasons=reasons,
+        lane_prompts=jnp.where(leaves, N, state.lane_prompts),
+        starved=state.starved & ~leaves,
+        stalled=jnp.bool_(False),
+        changed=jnp.bool_(False),
+        num_preemptions=state.num_preemptions + preempted.astype(jnp.int32),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model_fn", "chunk_size"), donate_argnames=("state",))
+def _advance(
+    model_fn: ModelFn, params: Any, job: _Job, state: _State, until: Int32[Array, ""], *, chunk_size: int
+) -> _State:
+    """Runs until all prompts are finished or `until` steps have been made in all.
+
+    Lanes are handed out and rows emptied only in the outer loop: an ordinary step pays for neither.
+    """
+    run = functools.partial(_step, model_fn, params, job)
+
+    def goes_on(state):
+        return (state.num_steps < until) & ~state.changed
+
+    def has_chunks(state):  # prompts that wait for pages do not keep the others in wide steps
+        return ((state.wanted > 1) & ~state.starved).any()
+
+    def cycle(state):
+        state = _admit(job, state, chunk_size=chunk_size)
+        state = jax.lax.while_loop(
+            lambda s: goes_on(s) & has_chunks(s), functools.partial(run, num_tokens=chunk_size), state
+        )
+        state = jax.lax.while_loop(
+            lambda s: goes_on(s) & s.running.any() & ~has_chunks(s),
+            functools.partial(run, num_tokens=state.lane_rows.shape[0]),
+            state,
+        )
+        return _retire(state)
+
+    def unfinished(state):
+        return (state.num_steps < until) & (state.reasons == StopReason.UNFINISHED).any()
+
+    return jax.lax.while_loop(unfinished, cycle, state)
+
+
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "return_logprobs"))
+def _start(
+    job: _Job,
+    prompts: Int32[Array, "N L"],
+    cache: PagedKVCache,
+    *,
+    max_new_tokens: int,
+    return_logprobs: bool,
+) -> tuple[Any, ...]:
+    """The fields of the first state, without the cache: that is donated only once everything has been traced."""
+    N, width = prompts.shape
+    B = cache.max_seqs
+    R = min(N, B)
+    idle = idle_rows(cache.seq_lens, [g.block_tables for g in cache.groups])
+    seat = jnp.cumsum(idle, dtype=jnp.int32) - 1
+    lane_rows = _scatter(R, B, idle & (seat < R), seat, jnp.arange(B, dtype=jnp.int32))
+
+    lens = job.prompt_lens
+    reasons = jnp.where(idle.any(), StopReason.UNFINISHED, StopReason.NO_ROW)
+    reasons = jnp.where(lens > cache.max_pages_per_seq * cache.page_size, StopReason.ROW_FULL, reasons)
+    reasons = jnp.where(job.limits <= lens, StopReason.LENGTH, reasons)
+    reasons = jnp.where((lens < 1) | (lens > width), StopReason.INVALID, reasons).astype(jnp.int32)
+    return (
+        jnp.pad(prompts, ((0, 0), (0, max_new_tokens))),
+        jnp.copy(lens),
+        reasons,
+        jnp.zeros((N, max_new_tokens), jnp.float32) if return_logprobs else None,
+        lane_rows,
+        jnp.full(R, N, jnp.int32),
+        jnp.zeros(R, bool),
+        jnp.bool_(False),
+        jnp.bool_(False),
+        jnp.int32(0),
+        jnp.int32(0),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("max_new_tokens",))
+def _generated(
+    job: _Job, tokens: Int32[Array, "N W"], num_tokens: Int32[Array, "N"], *, max_new_tokens: int
+) -> tuple[Int32[Array, "N max_new"], Int32[Array, "N"]]:
+    """The generated tokens and their number."""
+    offsets = jnp.arange(max_new_tokens, dtype=jnp.int32)[None, :]
+    lengths = num_tokens - job.prompt_lens
+    at = jnp.clip(job.prompt_lens[:, None] + offsets, 0, tokens.shape[1] - 1)
+    found = jnp.take_along_axis(tokens, at, axis=1)
+    return jnp.where(offsets < lengths[:, None], found, 0), lengths
+
+
+class _Program(NamedTuple):
+    """A checked request, ready to run."""
+
+    model_fn: ModelFn
+    params: Any
+    job: _Job
+    state: _State
+    chunk_size: int
+    max_new_tokens: int
+
+    def advance(self, state: _State, until: Any) -> _State:
+        """Runs on, until so many steps were made in all. The state is donated."""
+        return _advance(
+            self.model_fn, self.params, self.job, state, jnp.int32(until), chunk_size=self.chunk_size
+        )
+
+    def tokens(self, state: _State) -> tuple[Int32[Array, "N max_new"], Int32[Array, "N"]]:
+        """The tokens so far and their number, in buffers of their own."""
+        return _generated(self.job, state.tokens, state.num_tokens, max_new_tokens=self.max_new_tokens)
+
+    def result(self, state: _State) -> Generation:
+        """What a state has come to."""
+        tokens, lengths = self.tokens(state)
+        return Generation(
+            tokens,
+            lengths,
+            state.reasons,
+            state.logprobs,
+            state.cache,
+            state.num_steps,
+            state.num_preemptions,
+        )
+
+
+# What users pass.
+
+
+def _padded_size(size: int, *, minimum: int) -> int:
+    """The next power of two: lists come in few different sizes then, and few programs are compiled."""
+    return max(minimum, 1 << max(size - 1, 0).bit_length())
+
+
+def _read_prompts(prompts: Any, prompt_lens: Any) -> tuple[Int32[Array, "N L"], Int32[Array, "N"]]:
+    """Prompts as a padded array and lengths."""
+    if isinstance(prompts, (jax.Array, np.ndarray)):
+        tokens = _checks.int_array("prompts", prompts, "N L")
+        N, width = tokens.shape
+        if N == 0 or width == 0:
+            raise ValueError(
+                f"prompts: expected at least one prompt and token, got {_checks.describe(tokens)}"
+            )
+        lens = per_prompt("prompt_lens", width if prompt_lens is None else prompt_lens, N, jnp.int32)
+        if not isinstance(lens, Tracer):
+            wrong = np.flatnonzero((np.asarray(lens) < 1) | (np.asarray(lens) > width))
+            if wrong.size:
+                raise ValueError(
+                    f"prompt_lens: expected 1 to {width}, got {int(lens[wrong[0]])} for prompt {wrong[0]}"
+                )
+        return tokens, lens
+    if prompt_lens is not None:
+        raise TypeError(
+            "prompt_lens goes with prompts given as one padded array; lists have lengths of their own"
+        )
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise TypeError(
+            f"prompts: expected lists of token ids, or an array [N, L], got {type(prompts).__name__}"
+        )
+    if not prompts:
+        raise ValueError("prompts: expected at least one prompt, got none")
+    lists = [_read_prompt(i, prompt) for i, prompt in enumerate(prompts)]
+    padded = np.zeros((len(lists), _padded_size(max(map(len, lists)), minimum=16)), np.int32)
+    for row, prompt in zip(padded, lists, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(padded), jnp.asarray([len(p) for p in lists], jnp.int32)
+
+
+def _read_prompt(index: int, prompt: Any) -> np.ndarray:
+    if isinstance(prompt, str):
+        raise TypeError(f"prompts[{index}]: expected token ids, got text; encode it with a tokenizer first")
+    ids = np.asarray(prompt)
+    if ids.size == 0:
+        raise ValueError(f"prompts[{index}]: expected at least one token, got none")
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"prompts[{index}]: expected a list of integers, got {_checks.describe(ids)}")
+    if ids.min() < 0 or ids.max() > INT32_MAX:
+        raise ValueError(
+            f"prompts[{index}]: token ids must lie in [0, 2**31), got {ids.min()} to {ids.max()}"
+        )
+    return ids
+
+
+def _read_stop_tokens(stop_tokens: Any, num_prompts: int) -> Int32[Array, "N E"]:
+    """Stop tokens as one row a prompt."""
+    if isinstance(stop_tokens, (int, np.integer)):
+        stop_tokens = [stop_tokens]
+    if isinstance(stop_tokens, Sequence):
+        if not any(isinstance(ids, Sequence) for ids in stop_tokens):
+            stop_tokens = [stop_tokens] * num_prompts
+        width = _padded_size(max(map(len, stop_tokens)), minimum=4)
+        stop_tokens = [[*ids, *[-1] * (width - len(ids))] for ids in stop_tokens]
+    if np.ndim(stop_tokens) == 1:
+        ids = _checks.int_array("stop_tokens", stop_tokens, "E")
+        return jnp.broadcast_to(ids[None, :], (num_prompts, ids.shape[0]))
+    return _checks.int_array("stop_tokens", stop_tokens, "N E", N=num_prompts)
+
+
+def _prepare(
+    model_fn: ModelFn,
+    params: Any,
+    cache: PagedKVCache,
+    prompts: Any,
+    *,
+    max_new_tokens: int,
+    prompt_lens: Any = None,
+    limits: Any = None,
+    sampling: Sampling = _GREEDY,
+    stop_tokens: Any = (),
+    seeds: Any = None,
+    chunk_size: int | None = None,
+    return_logprobs: bool = False,
+) -> _Program:
+    """Checks a request and makes its first state. Changes and donates nothing."""
+    if not callable(model_fn):
+        raise TypeError(f"model_fn: expected a function, got {model_fn!r}")
+    if not isinstance(cache, PagedKVCache):
+        raise TypeError(f"cache: expected a PagedKVCache, got {type(cache).__name__}")
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling: expected a Sampling, got {sampling!r}")
+    max_new_tokens = _checks.static_int("max_new_tokens", max_new_tokens, minimum=1)
+    tokens, lens = _read_prompts(prompts, prompt_lens)
+    N, width = tokens.shape
+    if width + max_new_tokens > INT32_MAX:
+        raise ValueError(f"max_new_tokens: {max_new_tokens} after prompts of {width} pass int32")
+    num_lanes = min(N, cache.max_seqs)
+    if chunk_size is None:
+        chunk_size = max(num_lanes, min(_DEFAULT_CHUNK_SIZE, N * width))
+    else:
+        # A wide step must hold one token of every lane, so that no prompt waits for another's decoding.
+        chunk_size = _checks.static_int("chunk_size", chunk_size, minimum=num_lanes)
+    extra = per_prompt("limits", max_new_tokens if limits is None else limits, N, jnp.int32)
+    if limits is not None and not isinstance(extra, Tracer):
+        low, high = int(extra.min()), int(extra.max())
+        if low < 0 or high > max_new_tokens:
+            raise ValueError(f"limits: expected 0 to max_new_tokens={max_new_tokens}, got {low} to {high}")
+    job = _Job(
+        prompt_lens=lens,
+        limits=lens + jnp.clip(extra, 0, max_new_tokens),
+        seeds=per_prompt("seeds", jnp.arange(N, dtype=jnp.int32) if seeds is None else seeds, N, jnp.int32),
+        stop_tokens=_read_stop_tokens(stop_tokens, N),
+        rules=resolve(sampling, N),
+    )
+    state = _start(job, tokens, cache, max_new_tokens=max_new_tokens, return_logprobs=return_logprobs)
+    return _Program(model_fn, params, job, _State(cache, *state), chunk_size, max_new_tokens)
+
+
+def generate(
+    model_fn: ModelFn,
+    params: Any,
+    cache: PagedKVCache,
+    prompts: Any,
+    *,
+    max_new_tokens: int,
+    prompt_lens: Any = None,
+    limits: Any = None,
+    sampling: Sampling = _GREEDY,
+    stop_tokens: Any = (),
+    seeds: Any = None,
+    chunk_size: int | None = None,
+    return_logprobs: bool = False,
+    progress: bool = False,
+) -> Generation:
+    """Generates from any number of prompts, batched, in one compiled program.
+
+    Prompts take idle rows of the cache, lowest prompt first, and are computed in chunks while others decode; a row
+    that finishes frees its pages at once and the next prompt takes its place. When pages run out, prompts wait; when
+    nobody can go on, the youngest gives its pages back and is recomputed later, its tokens kept. Rows that are live in
+    the cache are neither used nor changed. Pages are taken as they are needed: the pool may be far smaller than the
+    prompts and tokens together.
+
+    What a prompt yields depends on its tokens, sampling values and seed alone: not on its neighbours, the number of
+    rows or pages, the chunk size or preemptions. (This holds for the scheduler and the sampler. A model whose matrix
+    products round differently in another batch shape can turn a near tie.)
+
+    Works inside jit, with prompts given as an array; nothing is read on the host then. Outside it compiles once for
+    each model function and shapes: values such as lengths, limits, temperatures, seeds and stop tokens may change
+    freely. Lists of prompts are padded to a power of two for that reason. Give one and the same function object each
+    time, not a new lambda.
+
+    Args:
+      model_fn: ``model_fn(params, tokens, cache, step, logits_at) -> (logits, cache)``. tokens i32[T] are packed as in
+        `extend`, their positions in ``step.positions``; it appends to and attends in every layer, and gives the logits
+        [R, V] of the tokens that logits_at i32[R] names. T is chunk_size or R, the smaller of N and the cache's rows.
+      params: a pytree of arrays, handed to model_fn.
+      cache: where keys and values go; donated, go on with the one that comes back. Outside jit only.
+      prompts: lists of token ids, or an array i32[N, L] padded at the end.
+      max_new_tokens: most tokens to generate from each prompt (static).
+      prompt_lens: i32[N] lengths of prompts given as an array; None: all L.
+      limits: a number or i32[N]: tokens for each prompt, at most max_new_tokens; None: max_new_tokens for all.
+      sampling: how tokens are chosen; the default is greedy.
+      stop_tokens: token ids that end a prompt's text (and are its last token): one list for all prompts, or one list
+        or row of an array, padded with -1, for each.
+      seeds: a number or i32[N]; prompts with equal seeds draw equal random numbers. None: prompt n has seed n.
+      chunk_size: tokens of a step that computes prompts (static), at least R. None: 512, or all prompts if fewer.
+      return_logprobs: whether to return log-probabilities: of the chosen tokens under the model's raw logits, before
+        penalty, temperature and filters.
+      progress: shows a progress bar (tqdm); runs the program in segments as `stream` does.
+
+    Returns:
+      A `Generation`: tokens, lengths, why each prompt stopped, and the cache with all used rows idle again.
+
+    Raises:
+      ValueError, TypeError: an argument is wrong; names it. Lack of rows or pages is no error but a `StopReason`.
+      ImportError: progress without tqdm.
+
+    Example:
+      >>> import jax, paxcache
+      >>> def count_up(params, tokens, cache, step, logits_at):  # a model that needs no attention
+      ...     return jax.nn.one_hot(tokens[logits_at] + 1, 10), cache
+      >>> config = paxcache.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, page_size=4, num_pages=4, max_seqs=2,
+      ...                               max_pages_per_seq=4)
+      >>> out = paxcache.generate(count_up, None, paxcache.init(config), [[1, 2, 3], [5], [0, 6]], max_new_tokens=4,
+      ...                         stop_tokens=[7])
+      >>> out.to_lists()
+      [[4, 5, 6, 7], [6, 7], [7]]
+      >>> [paxcache.StopReason(int(r)).name for r in out.stop_reasons]
+      ['STOP_TOKEN', 'STOP_TOKEN', 'STOP_TOKEN']
+
+    Reference: iteration-level scheduling, Orca (Yu et al., 2022); preemption by recomputation, vLLM (Kwon et al.,
+    2023); chunked prefill, Sarathi-Serve (Agrawal et al., 2024).
+    """
+    arguments = {
+        "max_new_tokens": max_new_tokens,
+        "prompt_lens": prompt_lens,
+        "limits": limits,
+        "sampling": sampling,
+        "stop_tokens": stop_tokens,
+        "seeds": seeds,
+        "chunk_size": chunk_size,
+        "return_logprobs": return_logprobs,
+    }
+    if progress:
+        with stream(model_fn, params, cache, prompts, **arguments, progress=True) as tokens:
+            for _ in tokens:
+                pass
+        return tokens.result
+    program = _prepare(model_fn, params, cache, prompts, **arguments)
+    return program.result(program.advance(program.state, INT32_MAX))
+
+
+class Stream(Iterator[tuple[int, list[int]]]):
+    """Generation under way: iterates over ``(prompt, new tokens)`` as they come. Made by `stream`.
+
+    The program runs when the next item is asked for, a segment at a time. `close`, or leaving a ``with`` block, ends it
+    at any point: its rows are emptied and `result` holds what there is.
+    """
+
+    def __init__(self, program: _Program, *, interval: int, progress: bool):
+        """Use `stream`."""
+        self._program = program
+        self._state = program.state
+        self._interval = interval
+        self._ended = False
+        self._bar = _import_tqdm()(unit=" tokens") if progress else None
+        self._items = self._run()
+
+    def __iter__(self) -> Stream:
+        """Itself."""
+        return self
+
+    def __next__(self) -> tuple[int, list[int]]:
+        """The number of a prompt and its tokens since the last time."""
+        if self._ended:
+            raise StopIteration
+        try:
+            return next(self._items)
+        except StopIteration:
+            self.close()
+            raise
+
+    def __enter__(self) -> Stream:
+        """Itself; `close` is called at the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the stream."""
+        self.close()
+
+    def _run(self) -> Iterator[tuple[int, list[int]]]:
+        limits = np.asarray(self._program.job.limits) - np.asarray(self._program.job.prompt_lens)
+        sent, until = np.zeros(limits.size, np.int32), 0
+        running = True
+        while running:
+            until += self._interval
+            self._state = self._program.advance(self._state, until)
+            tokens, lengths = map(np.asarray, self._program.tokens(self._state))
+            unfinished = np.asarray(self._state.reasons) == StopReason.UNFINISHED
+            running = bool(unfinished.any())
+            if self._bar is not None:
+                self._bar.total = int(np.where(unfinished, limits, lengths).sum())
+                self._bar.update(int((lengths - sent).sum()))
+            for prompt in np.flatnonzero(lengths > sent):
+                new = tokens[prompt, sent[prompt] : lengths[prompt]].tolist()
+                sent[prompt] = lengths[prompt]
+                yield int(prompt), new
+
+    def close(self) -> None:
+        """Ends generation: empties the rows that it uses and leaves the rest to `result`. Closing twice is fine."""
+        if self._ended:
+            return
+        self._ended = True
+        if self._bar is not None:
+            self._bar.close()
+        B = self._state.cache.max_seqs
+        rows = jnp.zeros(B, bool).at[self._state.lane_rows].set(True, mode="drop")
+        self._state = dataclasses.replace(self._state, cache=release(self._state.cache, rows))
+
+    @property
+    def result(self) -> Generation:
+        """The `Generation`, once the stream is exhausted or closed.
+
+        Raises:
+          RuntimeError: generation is still under way.
+        """
+        if not self._ended:
+            raise RuntimeError("generation is under way: exhaust the stream or close() it, then read result")
+        return self._program.result(self._state)
+
+
+def _import_tqdm() -> Any:
+    try:
+        from tqdm import tqdm  # noqa: PLC0415 (optional)
+    except ImportError as error:
+        raise ImportError(
+            "progress=True shows a bar with tqdm, which is missing: pip install tqdm"
+        ) from error
+    return tqdm
+
+
+def stream(
+    model_fn: ModelFn,
+    params: Any,
+    cache: PagedKVCache,
+    prompts: Any,
+    *,
+    max_new_tokens: int,
+    prompt_lens: Any = None,
+    limits: Any = None,
+    sampling: Sampling = _GREEDY,
+    stop_tokens: Any = (),
+    seeds: Any = None,
+    chunk_size: int | None = None,
+    return_logprobs: bool = False,
+    interval: int = _DEFAULT_INTERVAL,
+    progress: bool = False,
+) -> Stream:
+    """Generates as `generate` does and hands out the tokens as they come.
+
+    The same compiled program runs in segments of `interval` steps; between two of them the new tokens are read on the
+    host. The number of steps is a value, not a shape: no interval compiles anything anew. The tokens are those of
+    `generate`, whatever the interval.
+
+    Args:
+      model_fn, params, cache, prompts, max_new_tokens, prompt_lens, limits, sampling, stop_tokens, seeds, chunk_size,
+        return_logprobs: as in `generate`.
+      interval: steps between two looks. 1 gives each token at once; more cost fewer waits for the host.
+      progress: shows a progress bar (tqdm) that counts tokens.
+
+    Returns:
+      A `Stream`: an iterator over ``(prompt, new token ids)``, with the `Generation` in ``result`` once it is exhausted
+      or closed. The cache is donated as by `generate`: go on with ``result.cache``.
+
+    Raises:
+      ValueError, TypeError: an argument is wrong, or traced: a stream lives on the host. Names it.
+      ImportError: progress without tqdm.
+
+    Example:
+      >>> import jax, paxcache
+      >>> def count_up(params, tokens, cache, step, logits_at):
+      ...     return jax.nn.one_hot(tokens[logits_at] + 1, 10), cache
+      >>> config = paxcache.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, page_size=4, num_pages=4, max_seqs=2,
+      ...                               max_pages_per_seq=4)
+      >>> tokens = paxcache.stream(count_up, None, paxcache.init(config), [[1], [5]], max_new_tokens=3, interval=2)
+      >>> for prompt, new in tokens:
+      ...     print(prompt, new)
+      0 [2, 3]
+      1 [6, 7]
+      0 [4]
+      1 [8]
+      >>> tokens.result.lengths.tolist()
+      [3, 3]
+    """
+    interval = _checks.static_int("interval", interval, minimum=1)
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, cache, prompts, prompt_lens, limits))):
+        raise TypeError("stream reads tokens on the host and cannot run inside jit; generate can")
+    program = _prepare(
+        model_fn,
+        params,
+        cache,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        prompt_lens=prompt_lens,
+        limits=limits,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+        seeds=seeds,
+        chunk_size=chunk_size,
+        return_logprobs=return_logprobs,
+    )
+    return Stream(program, interval=interval, progress=progress)

@@ -1,0 +1,39 @@
+"""Devices and settings of the test-suite, and the marker `gpu`."""
+
+from __future__ import annotations
+
+import functools
+
+import hypothesis
+import jax
+import pytest
+
+# shard_map is tested on two CPU devices; the number must be set before the first use of a backend.
+jax.config.update("jax_num_cpu_devices", 2)
+
+# Time limits of single examples say nothing on a shared machine. `--hypothesis-profile=ci` fixes the examples.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.load_profile("default")
+
+
+@functools.cache
+def _why_no_gpu() -> str:
+    try:
+        return "" if jax.devices("gpu") else "JAX lists no GPU"
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests marked `gpu` where there is none, saying why."""
+    if item.get_closest_marker("gpu") and (why := _why_no_gpu()):
+        pytest.skip(f"needs an NVIDIA GPU: {why}")
+
+
+@pytest.fixture
+def cpu_devices() -> list[jax.Device]:
+    """Two CPU devices, on any machine."""
+    devices = jax.devices("cpu")
+    assert len(devices) >= 2, "jax_num_cpu_devices came too late: something used a backend at import"
+    return devices[:2]
