@@ -10,6 +10,7 @@ Pools are ``[P, K, S, D]``, or ``[L, P, K, S, D]`` together with ``layer``.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,30 @@ Implementation = Literal["mosaic_gpu", "triton", "xla"] | None
 _BACKENDS = ("mosaic_gpu", "triton", "xla")
 
 
+def _require_hopper() -> None:
+    """Declines where the default device is no Hopper GPU."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        raise NotImplementedError(
+            f"mosaic_gpu needs a Hopper GPU, the default device is {device.device_kind!r}"
+        )
+    if str(getattr(device, "compute_capability", "")) != "9.0":
+        raise NotImplementedError(
+            f"mosaic_gpu needs a Hopper GPU (compute capability 9.0), {device.device_kind!r} has "
+            f"{getattr(device, 'compute_capability', 'none')}"
+        )
+
+
+def _mosaic(module: str, function: str, *args: Any) -> Callable[[], Any]:
+    """A call of a Hopper kernel; its module is imported only where such a GPU is."""
+
+    def run():
+        _require_hopper()
+        return getattr(importlib.import_module(f"paxcache.kernels.{module}"), function)(*args)
+
+    return run
+
+
 def _dispatch(op: str, implementation: Implementation, **backends: Callable[[], Any]) -> Any:
     """Runs the named backend, or the first in order of preference that does not decline."""
     if implementation is not None:
@@ -35,7 +60,10 @@ def _dispatch(op: str, implementation: Implementation, **backends: Callable[[], 
             raise ValueError(f"implementation: expected None or one of {_BACKENDS}, got {implementation!r}")
         if implementation not in backends:
             raise NotImplementedError(f"{op}: there is no {implementation!r} implementation")
-        return backends[implementation]()
+        try:
+            return backends[implementation]()
+        except NotImplementedError as reason:
+            raise NotImplementedError(f"{op}: {reason}") from reason
     for name in _BACKENDS[:-1]:
         if name in backends:
             try:
@@ -341,8 +369,12 @@ def write_pages(
         v = _checks.array("v", v, "T K Dv", dtype=jnp.floating, T=k.shape[0], K=K, Dv=v_pages.shape[-1])
     slots = _checks.array("slot_mapping", slot_mapping, "T", dtype=jnp.integer, T=k.shape[0])
     k_pages, v_pages, k, v = _no_derivative("write_pages", (k_pages, v_pages, k, v))
+    arguments = k_pages, v_pages, k, v, slots, layer
     k_pages, v_pages = _dispatch(
-        "write_pages", implementation, xla=lambda: xla.write_pages(k_pages, v_pages, k, v, slots, layer)
+        "write_pages",
+        implementation,
+        mosaic_gpu=_mosaic("write_sm90", "write_pages", *arguments),
+        xla=lambda: xla.write_pages(*arguments),
     )
     if not stacked:
         return k_pages[0], None if v_pages is None else v_pages[0]
@@ -392,7 +424,12 @@ def copy_pages(
     src = _checks.int_array("src", src, "N")
     dst = _checks.int_array("dst", dst, "N", N=src.shape[0])
     pages = _no_derivative("copy_pages", pages)
-    return _dispatch("copy_pages", implementation, xla=lambda: xla.copy_pages(pages, src, dst))
+    return _dispatch(
+        "copy_pages",
+        implementation,
+        mosaic_gpu=_mosaic("copy_sm90", "copy_pages", pages, src, dst),
+        xla=lambda: xla.copy_pages(pages, src, dst),
+    )
 
 
 def gather_pages(
@@ -424,7 +461,10 @@ def gather_pages(
     ids = _checks.int_array("page_ids", page_ids, "N")
     pages = _no_derivative("gather_pages", pages)
     return _dispatch(
-        "gather_pages", implementation, xla=lambda: jax.tree.map(lambda p: xla.gather_pages(p, ids), pages)
+        "gather_pages",
+        implementation,
+        mosaic_gpu=_mosaic("copy_sm90", "gather_pages", pages, ids),
+        xla=lambda: jax.tree.map(lambda p: xla.gather_pages(p, ids), pages),
     )
 
 
@@ -469,6 +509,7 @@ def scatter_pages(
     return _dispatch(
         "scatter_pages",
         implementation,
+        mosaic_gpu=_mosaic("copy_sm90", "scatter_pages", pages, ids, blocks),
         xla=lambda: jax.tree.map(lambda p, b: xla.scatter_pages(p, ids, b), pages, blocks),
     )
 

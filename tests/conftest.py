@@ -32,7 +32,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def cpu_devices() -> list[jax.Device]:
+def cpu_devices() -> list:
     """Two CPU devices, on any machine."""
     devices = jax.devices("cpu")
     assert len(devices) >= 2, "jax_num_cpu_devices came too late: something used a backend at import"

@@ -121,9 +121,9 @@ def paged_attention(
         pages = jnp.maximum(pages, 0)
 
         k = k_pages[layer, pages]  # [N, C, K, S, D]
-        s = jnp.einsum(
-            "nqkgd,ncksd->nkqgcs", q_tiles[tiles], k, preferred_element_type=f32, precision=precision
-        )
+        # Keys are the left operand and stay as they lie: as the right one XLA's CPU backend would transpose them.
+        s = jnp.einsum("ncksd,nqkgd->nkcsqg", k, q_tiles[tiles], preferred_element_type=f32, precision=precision)
+        s = jnp.moveaxis(s, (4, 5), (2, 3))
         s = s * sm_scale
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)

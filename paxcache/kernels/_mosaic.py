@@ -1,0 +1,138 @@
+"""Everything unstable that the Mosaic GPU kernels use, in one place. Imports JAX alone.
+
+Pallas' Mosaic GPU interface is experimental and changes from release to release: the kernels import it from
+here and nowhere else, so that a new JAX release is met in one file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax.core import ShapedArray
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.extend.core import Primitive
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import memref
+from jax.interpreters import batching, mlir
+
+__all__ = [
+    "COPY_DTYPES",
+    "DeviceLimits",
+    "arrive",
+    "device_limits",
+    "in_place",
+    "interpreter",
+    "pl",
+    "plgpu",
+    "swizzle_for",
+    "varying_like",
+]
+
+COPY_DTYPES = frozenset(
+    {"float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"}
+    | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32)}
+)
+"""What the copy engine moves and Mosaic has a type for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceLimits:
+    """What a launch configuration depends on. The defaults are Hopper's (H100 SXM, H200)."""
+
+    num_sms: int = 132
+    smem_bytes_per_block: int = 232448
+    smem_bytes_per_sm: int = 233472
+    registers_per_sm: int = 65536
+    compute_capability: tuple[int, int] = (9, 0)
+
+
+def device_limits(device: Any = None) -> DeviceLimits:
+    """The limits of `device` (by default the first one of the default backend).
+
+    A device that does not tell its limits, such as a CPU that interprets kernels or compiles them ahead of
+    time, counts as an H200.
+    """
+    device = jax.devices()[0] if device is None else device
+    if device.platform != "gpu":
+        return DeviceLimits()
+    major, minor = (int(x) for x in str(getattr(device, "compute_capability", "9.0")).split("."))
+    num_sms = int(getattr(device, "core_count", DeviceLimits.num_sms))
+    return DeviceLimits(num_sms=num_sms, compute_capability=(major, minor))
+
+
+def interpreter(*, detect_races: bool = False) -> Any:
+    """The value of a kernel's ``interpret=`` that runs it on the CPU, optionally with the race detector."""
+    return plgpu.InterpretGPUParams(detect_races=detect_races)
+
+
+def swizzle_for(row_bytes: int) -> int:
+    """The widest copy-engine swizzle, in bytes, that divides a row of `row_bytes` bytes."""
+    for swizzle in (128, 64, 32):
+        if row_bytes % swizzle == 0:
+            return swizzle
+    raise NotImplementedError(f"rows of {row_bytes} bytes: the copy engine needs a multiple of 32")
+
+
+def arrive(counter: Any, limit_and_result: Any) -> None:
+    """Counts one arrival of the calling warpgroup at `counter`, across thread blocks.
+
+    ``limit_and_result`` is an int32[2] in shared memory: it holds the number of the last arrival (counted from
+    0) and receives the number of this one. The last arrival sets the counter back to 0.
+
+    Every write to global memory that the warpgroup made before is visible to the warpgroups that arrive later:
+    all its threads meet at a barrier, one of them does the acquire-release increment, all meet again. Pallas'
+    own atomics return nothing, and its semaphores are cleared by an operation of their own before each launch.
+    """
+
+    def increment(_, counter, limit_and_result):
+        zero, one = (mgpu_utils.c(i, ir.IndexType.get()) for i in (0, 1))
+        mgpu_utils.warpgroup_barrier()
+        with mgpu_utils.single_thread(scope=mgpu_utils.ThreadSubset.WARPGROUP):
+            before = mgpu_utils.inline_ptx(
+                "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;",
+                mgpu_utils.memref_ptr(counter),
+                memref.load(limit_and_result, [zero]),
+                result_types=ir.IntegerType.get_signless(32),
+                has_side_effects=True,
+            )
+            memref.store(before, limit_and_result, [one])
+        mgpu_utils.warpgroup_barrier()
+
+    inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))(increment)
+    inlined(counter, limit_and_result)
+
+
+_invarying_p = Primitive("invarying")
+_invarying_p.def_impl(lambda x: x)
+_invarying_p.def_abstract_eval(lambda aval: ShapedArray(aval.shape, aval.dtype))
+mlir.register_lowering(_invarying_p, lambda ctx, x: [x])
+batching.defvectorized(_invarying_p)
+
+
+def _varying_axes(x: Any) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def varying_like(x: Any, like: Any) -> Any:
+    """`x` with the type of a value that differs over the mesh axes of `like`; for a kernel's result in shard_map.
+
+    Pallas types its results as equal on all devices.
+    """
+    axes = tuple(_varying_axes(like) - _varying_axes(x))
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
+def in_place(run: Callable[..., None], arrays: Sequence[Any]) -> list[Any]:
+    """The arrays as ``run(*refs)`` leaves them, without a copy of those that are donated or carried by a loop.
+
+    Pallas takes no reference to a value that shard_map types as differing over the mesh, so the type is taken off
+    the references and put back on the results.
+    """
+    refs = [jax.new_ref(_invarying_p.bind(x) if _varying_axes(x) else x) for x in arrays]
+    run(*refs)
+    return [varying_like(ref[...], x) for ref, x in zip(refs, arrays, strict=True)]
