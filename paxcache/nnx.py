@@ -1,0 +1,530 @@
+"""Paged attention for Flax NNX models. Imports Flax; nothing else of the library but `linen` may.
+
+    model, cache = paxcache.nnx.paginate(model, config)     # stock attention layers become paged, parameters are shared
+    step = cache.extend(query_lens, max_query_len=Q)        # once before each forward pass
+    logits = model(tokens)                                  # [B, Q, ...], rows of different lengths
+
+One `PagedCache` is shared by reference by all layers: one pool, one block table, one `extend` a pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.module import first_from
+from flax.nnx.nn import dtypes
+
+from paxcache import _cache, _checks, _forward
+from paxcache._types import CacheConfig, PagedKVCache, Step
+
+if TYPE_CHECKING:
+    from flax.nnx.filterlib import Filter
+    from jaxtyping import Array, Float, Int32
+
+    from paxcache._cache import Layer
+
+
+class CacheState(nnx.Cache):
+    """The variable of a `PagedCache`: an `nnx.Cache` whose value holds the cache and the step under way."""
+
+
+class LayerIndex(nnx.Variable):
+    """Indices of layers that are stacked for a scan, i32[L]; `nnx.scan` slices it like the parameters."""
+
+
+class PagedCache(nnx.Module):
+    """A paged KV cache, and the step of the forward pass under way, shared by reference by a model's layers.
+
+    All its state is one variable of type `CacheState`, an `nnx.Cache`. Between two passes that state has always the
+    same structure, so it can be the carry of a `lax.while_loop`.
+
+    Args:
+      cache: a `CacheConfig`, for a new cache, or a `PagedKVCache`.
+
+    Raises:
+      TypeError: it is neither.
+
+    Example:
+      >>> import jax.numpy as jnp, paxcache, paxcache.nnx
+      >>> config = paxcache.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=16, max_seqs=2,
+      ...                               max_pages_per_seq=8)
+      >>> cache = paxcache.nnx.PagedCache(config)
+      >>> step = cache.extend(jnp.array([3, 1]), max_query_len=3)
+      >>> q = k = v = jnp.ones((2, 3, 1, 8))
+      >>> cache.attend(0, q, k, v).shape
+      (2, 3, 1, 8)
+      >>> cache.kv = paxcache.release(cache.kv, jnp.array([True, False]))
+      >>> cache.kv.seq_lens.tolist()
+      [0, 1]
+    """
+
+    def __init__(self, cache: CacheConfig | PagedKVCache):
+        """See the class."""
+        if isinstance(cache, CacheConfig):
+            cache = _cache.init(cache)
+        elif not isinstance(cache, PagedKVCache):
+            raise TypeError(f"cache: expected a CacheConfig or a PagedKVCache, got {_checks.describe(cache)}")
+        self.state = CacheState(_forward.Forward(cache))
+
+    @property
+    def kv(self) -> PagedKVCache:
+        """The cache as a value. Assign one to change it: ``cache.kv = paxcache.release(cache.kv, rows)``.
+
+        An assignment ends the step under way, since a step is valid until the tables change.
+        """
+        return self.state.get_value().kv
+
+    @kv.setter
+    def kv(self, value: PagedKVCache) -> None:
+        self.state.set_value(_forward.Forward(value))
+
+    @property
+    def step(self) -> Step | None:
+        """The step of the forward pass under way; None between passes."""
+        return self.state.get_value().step
+
+    def extend(
+        self,
+        query_lens: Int32[Array, "B"],
+        *,
+        num_tokens: int | None = None,
+        max_query_len: int | None = None,
+    ) -> Step:
+        """Begins a forward pass: `paxcache.extend` on the cache, once for all layers.
+
+        Args:
+          query_lens: i32[B] new tokens of each row; 0 leaves a row alone.
+          num_tokens: tokens of a packed step, T: layers see [T, 1, ...] or [1, T, ...].
+          max_query_len: tokens a row may have in a row-aligned step, Q: layers see [B, Q, ...], and what they give past
+            a row's query_lens is not meaningful. Give exactly one of the two.
+
+        Returns:
+          The step, which all layers of this pass use. Each layer takes it once; after the last it is no longer held.
+
+        Raises:
+          ValueError, TypeError: as `paxcache.extend`.
+        """
+        state = _forward.begin(
+            self.state.get_value(), query_lens, num_tokens=num_tokens, max_query_len=max_query_len
+        )
+        self.state.set_value(state)
+        assert state.step is not None
+        return state.step
+
+    def attend(
+        self,
+        layer: Layer,
+        q: Float[Array, "B Q H D"],
+        k: Float[Array, "B Q K D"],
+        v: Float[Array, "B Q K Dv"] | None,
+        **options: Any,
+    ) -> Float[Array, "B Q H Dv"]:
+        """Appends one layer's keys and values, then attends: what an attention module of your own calls.
+
+        Args:
+          layer: a Python int, or (group, index) with an index that may be traced.
+          q, k, v: [B, Q, heads, width] in a row-aligned step; [T, 1, ...], [1, T, ...] or [T, ...] in a packed one.
+          **options: those of `paxcache.attend` (sm_scale, soft_cap, sliding_window, sinks, causal, implementation).
+
+        Returns:
+          The attention's output, shaped like q with the width of v.
+
+        Raises:
+          ValueError, TypeError: no step is under way, the layer took it already, or a shape does not fit.
+        """
+        state, out = _forward.attend(self.state.get_value(), layer, q, k, v, **options)
+        self.state.set_value(state)
+        return out
+
+    def finish(self) -> None:
+        """Drops the step under way, where not every layer took it: layers under `nnx.scan`, or an early exit.
+
+        Only loops need this, whose carry must keep its structure; the next `extend` replaces the step anyway.
+        """
+        self.state.set_value(_forward.Forward(self.kv))
+
+
+class DenseCache(nnx.Module):
+    """A paged cache behind the interface of a dense one, for models that insist on contiguous keys and values.
+
+    Slow: each call copies all the keys and values of a layer, [B, max_len, K, D], through memory. The pool stays paged
+    and shared; only the copies are dense.
+
+    Args:
+      cache: the `PagedCache`.
+      max_len: tokens of each row to return (static).
+
+    Example:
+      >>> import jax.numpy as jnp, paxcache, paxcache.nnx
+      >>> config = paxcache.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=16, max_seqs=2,
+      ...                               max_pages_per_seq=8)
+      >>> cache = paxcache.nnx.PagedCache(config)
+      >>> dense = paxcache.nnx.DenseCache(cache, max_len=10)
+      >>> step = cache.extend(jnp.array([3, 1]), max_query_len=3)
+      >>> k = v = jnp.ones((2, 3, 1, 8))
+      >>> k, v = dense.update(0, k, v)
+      >>> k.shape
+      (2, 10, 1, 8)
+      >>> mask = jnp.arange(10) <= step.positions[:, None, :, None]  # [B, 1, Q, max_len], as Flax wants it
+    """
+
+    def __init__(self, cache: PagedCache, *, max_len: int):
+        """See the class."""
+        self.cache = cache
+        self.max_len = _checks.static_int("max_len", max_len, minimum=1)
+
+    def update(
+        self, layer: Layer, k: Float[Array, "B Q K D"], v: Float[Array, "B Q K Dv"]
+    ) -> tuple[Float[Array, "B N K D"], Float[Array, "B N K Dv"]]:
+        """Appends the step's keys and values to a layer and returns all of each row's.
+
+        Args:
+          layer: a Python int, or (group, index) with an index that may be traced.
+          k, v: as in `PagedCache.attend`.
+
+        Returns:
+          k and v, [B, max_len, K, D], zeros past each row's length.
+
+        Raises:
+          ValueError, TypeError: as `PagedCache.attend`.
+        """
+        variable = self.cache.state
+        state, full = _forward.update_dense(variable.get_value(), layer, k, v, self.max_len)
+        variable.set_value(state)
+        return full
+
+
+class MultiHeadAttention(nnx.MultiHeadAttention):
+    """`nnx.MultiHeadAttention` whose decode cache is a `PagedCache`. Made by `paginate`, not by its constructor.
+
+    With decode on, inputs are [B, Q, features] with any Q (the stock layer takes one token at a time), or
+    [T, 1, features] in a packed step, and each token sees the tokens of its own row up to itself. With decode off it
+    is the stock layer. Parameters are those of the stock layer. Rotary embeddings given as
+    ``attention_fn=functools.partial(nnx.dot_product_attention_with_rope, rope=rope)`` turn by the tokens' positions
+    in their rows.
+    """
+
+    paged_cache: PagedCache
+    layer: int | LayerIndex
+    layer_group: int
+    masks_are_causal: bool
+
+    def __call__(
+        self,
+        inputs_q: Array,
+        inputs_k: Array | None = None,
+        inputs_v: Array | None = None,
+        *,
+        mask: Array | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        sow_weights: bool = False,
+        decode: bool | None = None,
+        is_causal: bool = False,
+        out_sharding: Any = None,
+        qkv_sharding: Any = None,
+        input_positions: Array | None = None,
+    ) -> Array:
+        """Attention over the paged cache with decode on, the stock layer's with decode off.
+
+        Args:
+          inputs_q, inputs_k, inputs_v: [B, Q, features]; see the stock layer for what None means.
+          mask: must be None with decode on, unless the model was paginated with masks_are_causal.
+          deterministic: must be true with decode on where dropout_rate is above 0.
+          rngs: not used with decode on.
+          sow_weights: must be false with decode on: the weights are never materialised.
+          decode: whether to use the cache; None takes the attribute.
+          is_causal: not used with decode on, which is always causal.
+          out_sharding, qkv_sharding: as in the stock layer.
+          input_positions: positions for rotary embeddings; None takes the step's.
+
+        Returns:
+          [B, Q, out_features].
+
+        Raises:
+          ValueError: an argument cannot be honoured, no step is under way, or a shape does not fit.
+        """
+        decode = first_from(
+            decode, self.decode, error_msg="decode: give it in the call, the constructor or the view."
+        )
+        if not decode:
+            return super().__call__(
+                inputs_q,
+                inputs_k,
+                inputs_v,
+                mask=mask,
+                deterministic=deterministic,
+                rngs=rngs,
+                sow_weights=sow_weights,
+                decode=False,
+                is_causal=is_causal,
+                out_sharding=out_sharding,
+                qkv_sharding=qkv_sharding,
+                input_positions=input_positions,
+            )
+        if self.dropout_rate > 0:
+            deterministic = first_from(
+                deterministic,
+                self.deterministic,
+                error_msg="deterministic: give it in the call or the constructor where dropout_rate is above 0.",
+            )
+        _forward.refuse_unsupported(
+            mask=None if self.masks_are_causal else mask,
+            dropout=self.dropout_rate > 0 and not deterministic,
+            sow_weights=sow_weights,
+        )
+        if inputs_k is None:
+            if inputs_v is not None:
+                raise ValueError("inputs_k: must be given where inputs_v is")
+            inputs_k = inputs_q
+        if inputs_v is None:
+            inputs_v = inputs_k
+        query = self.query(inputs_q, out_sharding=qkv_sharding)
+        key = self.key(inputs_k, out_sharding=qkv_sharding)
+        value = self.value(inputs_v, out_sharding=qkv_sharding)
+        if self.query_ln is not None and self.key_ln is not None:
+            query, key = self.query_ln(query), self.key_ln(key)
+        layer = self._layer()
+        rope = _rope_of(self.attention_fn)
+        if rope is not None:
+            at = input_positions
+            if at is None:
+                at = _forward.positions(self.paged_cache.state.get_value(), layer, query.shape[:-2])
+            query, key = _rotate(rope, query, at), _rotate(rope, key, at)
+        elif input_positions is not None:
+            raise ValueError("input_positions: the layer has no rotary embedding to use them")
+        query, key, value = dtypes.promote_dtype((query, key, value), dtype=self.dtype)
+        out = self.paged_cache.attend(layer, query, key, value)
+        return self.out(out, out_sharding=out_sharding)
+
+    def init_cache(self, input_shape: Any, dtype: Any = None) -> None:
+        """Refuses: the layer has no dense cache. ``cache.kv = paxcache.release(cache.kv, rows)`` empties rows.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError(
+            "init_cache: the layer is paged and has no dense cache; release the rows of its PagedCache"
+        )
+
+    def _layer(self) -> Layer:
+        return self.layer if isinstance(self.layer, int) else (self.layer_group, self.layer[...])
+
+
+def _rope_of(attention_fn: Any) -> nnx.RoPE | None:
+    """The rotary embedding of a stock attention function; None where it has none.
+
+    Raises:
+      ValueError: another attention function, which paged attention cannot stand for.
+    """
+    if attention_fn is nnx.dot_product_attention:
+        return None
+    if (
+        isinstance(attention_fn, functools.partial)
+        and attention_fn.func is nnx.dot_product_attention_with_rope
+        and not attention_fn.args
+        and set(attention_fn.keywords) == {"rope"}
+    ):
+        return attention_fn.keywords["rope"]
+    raise ValueError(
+        "attention_fn: expected nnx.dot_product_attention, or functools.partial(nnx.dot_product_attention_with_rope, "
+        f"rope=...), which paged attention can stand for, got {attention_fn!r}"
+    )
+
+
+def _rotate(rope: nnx.RoPE, x: Float[Array, "... H D"], at: Int32[Array, "..."]) -> Float[Array, "... H D"]:
+    """Rotary embedding of each token at its own position; RoPE wants the tokens of one axis before the last."""
+    heads_first = x.reshape(-1, *x.shape[-2:]).swapaxes(0, 1)
+    return rope(heads_first, at.reshape(-1)).swapaxes(0, 1).reshape(x.shape)
+
+
+def paginate[M: nnx.Module](
+    model: M,
+    cache: CacheConfig | PagedKVCache,
+    *,
+    only: Filter = ...,
+    masks_are_causal: bool = False,
+) -> tuple[M, PagedCache]:
+    """A copy of a model whose attention layers keep their keys and values in one paged cache.
+
+    The copy shares all variables with the model, which stays as it is. Every `nnx.MultiHeadAttention` becomes a
+    `MultiHeadAttention` of this module with decode on; layers are numbered in the natural order of their paths (layer_2
+    before layer_10). Layers that were stacked with `nnx.vmap` for an `nnx.scan` take one index each; their scan must
+    carry the cache, ``nnx.StateAxes({nnx.Cache: nnx.Carry, ...: 0})``.
+
+    Args:
+      model: a model with stock attention layers.
+      cache: a `CacheConfig` for a new cache, or a `PagedKVCache`; its layers must be as many as the model's.
+      only: an NNX filter that picks the layers to page, such as self-attention without cross-attention.
+      masks_are_causal: declares that masks which the model passes in decode are causal or padding masks, which paged
+        attention applies by itself, so that they may be dropped. Otherwise a mask is an error.
+
+    Returns:
+      The copy, and the cache that its layers share.
+
+    Raises:
+      ValueError: no layer was found, a layer cannot be paged, or layers and cache do not fit.
+      TypeError: cache is of another type.
+
+    Example:
+      >>> import jax.numpy as jnp, paxcache, paxcache.nnx
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.MultiHeadAttention(2, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 8, rngs=nnx.Rngs(1)))
+      >>> config = paxcache.CacheConfig(num_layers=1, num_kv_heads=2, head_dim=4, num_pages=16, max_seqs=2,
+      ...                               max_pages_per_seq=8, dtype=jnp.float32)
+      >>> model, cache = paxcache.nnx.paginate(model, config)
+      >>> @nnx.jit
+      ... def forward(model, cache, x, query_lens):
+      ...     step = cache.extend(query_lens, max_query_len=x.shape[1])
+      ...     return model(x), step
+      >>> y, step = forward(model, cache, jnp.ones((2, 5, 8)), jnp.array([5, 3]))  # prompts of 5 and 3 tokens
+      >>> y, step = forward(model, cache, jnp.ones((2, 1, 8)), jnp.array([1, 1]))  # one token each
+      >>> y.shape, step.seq_lens.tolist()
+      ((2, 1, 8), [6, 4])
+
+    Reference: PagedAttention (Kwon et al., 2023).
+    """
+    holder = PagedCache(cache)
+    kv = holder.kv
+    copy = nnx.clone(model, variables=False, graph=True)
+    picked = nnx.filterlib.to_predicate(only)
+    layers = [
+        (path, module)
+        for path, module in nnx.iter_modules(copy)
+        if isinstance(module, nnx.MultiHeadAttention) and picked(path, module)
+    ]
+    layers.sort(key=lambda item: _forward.natural_order(item[0]))
+    depths = [_stack_depth(path, layer) for path, layer in layers]
+    found, expected = sum(depth or 1 for depth in depths), _forward.num_layers(kv)
+    if found != expected:
+        raise ValueError(f"model: {found} attention layers found, but the cache has {expected}")
+    first = 0
+    for (path, layer), depth in zip(layers, depths, strict=True):
+        name = "/".join(map(str, path)) or "the model"
+        _forward.check_layer(name, kv, first, num_kv_heads=layer.num_kv_heads, head_dim=layer.head_dim)
+        group, index = _cache.locate(kv, first)
+        if depth is not None and index + depth > kv.groups[group].pages.k.shape[0]:
+            raise ValueError(f"{name}: the {depth} stacked layers must lie in one layer group of the cache")
+        paged: Any = layer
+        paged.__class__ = MultiHeadAttention  # the copy's own object, wherever it is referenced
+        paged.paged_cache = holder
+        paged.layer = first if depth is None else LayerIndex(index + jnp.arange(depth))
+        paged.layer_group = group
+        paged.masks_are_causal = masks_are_causal
+        paged.decode = True
+        first += depth or 1
+    return copy, holder
+
+
+def _stack_depth(path: tuple[Any, ...], layer: nnx.MultiHeadAttention) -> int | None:
+    """How many layers a module stands for if its parameters are stacked; None if they are not.
+
+    Raises:
+      ValueError: the layer is of a kind that cannot be paged.
+    """
+    name = "/".join(map(str, path)) or "the model"
+    if type(layer) is not nnx.MultiHeadAttention:
+        kind = type(layer).__name__
+        raise ValueError(
+            f"{name}: a {kind} is not the stock layer; leave it out with only=, or call PagedCache.attend in it"
+        )
+    _rope_of(layer.attention_fn)
+    kernel = layer.query.kernel.shape
+    single = (layer.in_features, layer.num_heads, layer.head_dim)
+    if kernel == single:
+        return None
+    if kernel[1:] == single:
+        return kernel[0]
+    raise ValueError(f"{name}: expected a query kernel of shape {single}, or stacked [L, ...], got {kernel}")
+
+
+def _call(model: Any, tokens: Array, step: Step, logits_at: Array) -> Array:
+    """A step's tokens as rows of one token, and the logits of those asked for."""
+    del step
+    return model(tokens[:, None])[logits_at, 0]
+
+
+def model_fn(
+    model: nnx.Module,
+    config: CacheConfig | None = None,
+    *,
+    call: Callable[[Any, Array, Step, Array], Array] = _call,
+    **options: Any,
+) -> tuple[Callable[..., tuple[Array, PagedKVCache]], nnx.State]:
+    """A model as the pure function that `paxcache.generate` runs.
+
+    Args:
+      model: a model made by `paginate` or with a `PagedCache` of its own; with `config`, one with stock layers.
+      config: the cache that the function will be given; the model is paginated for it without allocating a pool.
+      call: (model, tokens i32[T], step, logits_at i32[N]) -> logits [N, V]: how to run the model on a packed step. The
+        default calls ``model(tokens[:, None])`` and picks from its [T, 1, V]. Write your own for a model that takes
+        positions (``step.positions[:, None]``), or to compute the logits of `logits_at` only.
+      **options: those of `paginate`, with config.
+
+    Returns:
+      ``fn(params, tokens, cache, step, logits_at) -> (logits, cache)`` and params, all variables of the model but the
+      cache.
+
+    Raises:
+      ValueError: the model has no `PagedCache` or several; or as `paginate`.
+
+    Example:
+      >>> import jax.numpy as jnp, paxcache, paxcache.nnx
+      >>> from flax import nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Embed(10, 8, rngs=rngs), nnx.MultiHeadAttention(2, 8, rngs=rngs),
+      ...                        nnx.Linear(8, 10, rngs=rngs))
+      >>> config = paxcache.CacheConfig(num_layers=1, num_kv_heads=2, head_dim=4, num_pages=16, max_seqs=2,
+      ...                               max_pages_per_seq=8, dtype=jnp.float32)
+      >>> fn, params = paxcache.nnx.model_fn(model, config)
+      >>> cache, step = paxcache.extend(paxcache.init(config), jnp.array([3, 1]), num_tokens=4)
+      >>> logits, cache = fn(params, jnp.array([1, 2, 3, 4]), cache, step, jnp.array([2, 3]))
+      >>> logits.shape
+      (2, 10)
+    """
+    if config is not None:
+        model, _ = paginate(model, jax.eval_shape(lambda: _cache.init(config)), **options)
+    elif options:
+        raise ValueError(f"model_fn: {', '.join(options)} can be given only with config")
+    get_cache(model)
+    graphdef, state, params = nnx.split(model, CacheState, ...)
+    place = _with_value(state, None)  # keeps no arrays
+
+    def fn(params, tokens, cache, step, logits_at):
+        forward = _forward.Forward(cache, step)
+        merged = nnx.merge(graphdef, _with_value(place, forward), params)
+        logits = call(merged, tokens, step, logits_at)
+        return logits, get_cache(merged).kv
+
+    return fn, params
+
+
+def _with_value(state: nnx.State, value: Any) -> nnx.State:
+    """The state of a `PagedCache` with another value, in a new variable."""
+    is_cache = lambda v: isinstance(v, CacheState)  # noqa: E731
+    return jax.tree.map(lambda variable: variable.replace(value), state, is_leaf=is_cache)
+
+
+def get_cache(model: nnx.Module) -> PagedCache:
+    """The `PagedCache` of a model, for a program that has split and merged it.
+
+    Args:
+      model: a model made by `paginate` or with a `PagedCache` of its own.
+
+    Returns:
+      The cache that its layers share.
+
+    Raises:
+      ValueError: it has none, or several.
+    """
+    caches = [module for _, module in nnx.iter_modules(model) if isinstance(module, PagedCache)]
+    if len(caches) != 1:
+        raise ValueError(
+            f"model: expected one PagedCache in it, found {len(caches)}; see paginate, or give config"
+        )
+    return caches[0]
