@@ -11,6 +11,9 @@ import pytest
 # shard_map is tested on two CPU devices; the number must be set before the first use of a backend.
 jax.config.update("jax_num_cpu_devices", 2)
 
+# References are computed with JAX too; on a GPU its default for float32 products is TF32, far too coarse for one.
+jax.config.update("jax_default_matmul_precision", "highest")
+
 # Time limits of single examples say nothing on a shared machine. `--hypothesis-profile=ci` fixes the examples.
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
