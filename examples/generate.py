@@ -24,7 +24,7 @@ import llama
 import paxcache
 
 TINY = Path(__file__).parent / "tiny"
-PROMPTS = (
+PROMPTS: tuple[str, ...] = (
     "The import statement",
     "If the expression is",
     "A generator function",
@@ -120,7 +120,7 @@ def main() -> None:
     ).cache  # compiles; every length uses the same program
     compiled = time.perf_counter()
     generation = run(cache=cache)
-    if args.stream:
+    if isinstance(generation, paxcache.Stream):
         print_stream(generation, texts, loaded)
     generation = finish(generation)
     jax.block_until_ready(generation.tokens)
@@ -178,10 +178,11 @@ def print_summary(
     used = sum(sorted((-(-n // S) for n in stored), reverse=True)[: pages.max_seqs])
     dense_bytes = pages.max_seqs * max_len * pages.page_bytes // S
     used = min(used, pages.num_pages)
+    used_bytes = used * pages.page_bytes
     print(
-        f"\npages  at most {used} of {pages.num_pages} used, {S} tokens each: {used * pages.page_bytes / 2**20:.2f} MiB; "
+        f"\npages  at most {used} of {pages.num_pages} used, {S} tokens each: {used_bytes / 2**20:.2f} MiB; "
         f"a dense cache reserves {pages.max_seqs} rows x {max_len} tokens: {dense_bytes / 2**20:.2f} MiB "
-        f"({1 - used * pages.page_bytes / dense_bytes:.1%} saved)"
+        f"({1 - used_bytes / dense_bytes:.1%} saved)"
     )
 
 

@@ -349,13 +349,12 @@ def attend(
     plan = step.plans[group] if causal else None
     window = state.sliding_window
     if sliding_window is not None:
-        if isinstance(sliding_window, (int, np.integer)):
-            sliding_window = _checks.static_int("sliding_window", sliding_window, minimum=1)
-            if window is not None and sliding_window > window:
-                raise ValueError(f"sliding_window: the group keeps {window} tokens, got {sliding_window}")
-        if sliding_window is not window:
+        own = _checks.window("sliding_window", sliding_window)
+        if isinstance(own, int) and window is not None and own > window:
+            raise ValueError(f"sliding_window: the group keeps {window} tokens, got {own}")
+        if not (isinstance(own, int) and own == window):
             plan = None
-        window = sliding_window
+        window = own
     out = ops.paged_attention(
         flat,
         state.pages.k,

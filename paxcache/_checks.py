@@ -30,7 +30,10 @@ def array(name: str, value: Any, dims: str, *, dtype: Any = None, **sizes: int) 
       dtype: a dtype or dtype category (`jnp.integer`, `jnp.floating`) that the values must have.
       **sizes: the known sizes of the axes.
     """
-    result = jnp.asarray(value)
+    try:
+        result = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected an array, got {value!r}") from error
     names = dims.split()
     expected = f"[{', '.join(f'{n}={sizes[n]}' if n in sizes else n for n in names)}]"
     if result.ndim != len(names) or any(
@@ -46,7 +49,10 @@ def array(name: str, value: Any, dims: str, *, dtype: Any = None, **sizes: int) 
 def int_array(name: str, value: Any, dims: str, **sizes: int) -> jax.Array:
     """An int32 array. Host integers that int32 does not hold are refused, never wrapped."""
     if not isinstance(value, jax.Array):
-        value = np.asarray(value)
+        try:
+            value = np.asarray(value)
+        except ValueError as error:  # lists of unequal lengths
+            raise ValueError(f"{name}: expected an array, got {value!r}") from error
         if value.size == 0 and value.dtype == np.float64:  # an empty list has no type
             value = value.astype(np.int32)
         if np.issubdtype(value.dtype, np.integer) and value.size:
@@ -72,3 +78,10 @@ def static_int(name: str, value: Any, *, minimum: int) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return int(value)
+
+
+def window(name: str, value: Any) -> int | jax.Array:
+    """A sliding window: a Python int of at least 1, or an int32 scalar that may be traced."""
+    if isinstance(value, (int, np.integer)):
+        return static_int(name, value, minimum=1)
+    return int_array(name, value, "")

@@ -174,6 +174,8 @@ def plan(
     num_tokens = _checks.static_int("num_tokens", num_tokens, minimum=1)
     if max_query_len is None:
         max_query_len = num_tokens
+    if sliding_window is not None:
+        sliding_window = _checks.window("sliding_window", sliding_window)
     return _make_plan(
         seq_lens,
         query_lens,
@@ -284,8 +286,10 @@ def paged_attention(
         )
     if sinks is not None:
         sinks = _checks.array("sinks", sinks, "H", H=H)
-    if isinstance(sliding_window, (int, np.integer)):
-        _checks.static_int("sliding_window", sliding_window, minimum=1)
+    if sliding_window is not None:
+        sliding_window = _checks.window("sliding_window", sliding_window)
+    if isinstance(soft_cap, (int, float)) and not soft_cap > 0:
+        raise ValueError(f"soft_cap must be above 0, got {soft_cap}")
     q, k_pages, v_pages, sinks = _no_derivative("paged_attention", (q, k_pages, v_pages, sinks))
 
     def run_xla():
@@ -424,6 +428,8 @@ def copy_pages(
     src = _checks.int_array("src", src, "N")
     dst = _checks.int_array("dst", dst, "N", N=src.shape[0])
     pages = _no_derivative("copy_pages", pages)
+    if not src.shape[0]:
+        return pages
     return _dispatch(
         "copy_pages",
         implementation,
