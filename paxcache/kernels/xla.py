@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
 NEG = -1e30  # stands for -inf in running maxima, so that no difference of two of them is NaN
 MAX_TILE_LEN = 64
-CHUNK_TOKENS = 128
-KEY_ELEMENTS = 1 << 20
-"""Elements of K held at once by the attention loop: 4 MB in float32, about a core's cache."""
+CHUNK_TOKENS = 256
+KEY_ELEMENTS = 1 << 18
+"""Elements of K that the attention loop holds at once: 1 MB in float32, which stays in a core's cache."""
+WHOLE_ELEMENTS = 1 << 20
+"""A step whose tables hold no more elements of K (or scores) than this goes without a loop."""
 
 
 @jax.tree_util.register_dataclass
@@ -122,7 +124,9 @@ def paged_attention(
 
         k = k_pages[layer, pages]  # [N, C, K, S, D]
         # Keys are the left operand and stay as they lie: as the right one XLA's CPU backend would transpose them.
-        s = jnp.einsum("ncksd,nqkgd->nkcsqg", k, q_tiles[tiles], preferred_element_type=f32, precision=precision)
+        s = jnp.einsum(
+            "ncksd,nqkgd->nkcsqg", k, q_tiles[tiles], preferred_element_type=f32, precision=precision
+        )
         s = jnp.moveaxis(s, (4, 5), (2, 3))
         s = s * sm_scale
         if soft_cap is not None:
@@ -139,9 +143,15 @@ def paged_attention(
         p = jnp.where(visible, jnp.exp(s - m[..., None, None]), 0)
         v = k[..., :Dv] if v_pages is None else v_pages[layer, pages]
         v = jnp.where(stored[:, :, None, :, None], v, 0)  # 0 × NaN is NaN
-        acc = jnp.einsum(
-            "nkqgcs,ncksd->nkqgd", p.astype(v.dtype), v, preferred_element_type=f32, precision=precision
-        )
+        p_v = p.astype(v.dtype)
+        if (
+            Q * G <= S
+        ):  # page by page, values as they lie: cheaper than to transpose them, while the results are few
+            acc = jnp.einsum(
+                "nkqgcs,ncksd->nckqgd", p_v, v, preferred_element_type=f32, precision=precision
+            ).sum(1)
+        else:
+            acc = jnp.einsum("nkqgcs,ncksd->nkqgd", p_v, v, preferred_element_type=f32, precision=precision)
         return acc, m, p.sum(axis=(-2, -1))
 
     def step(i, carry):
@@ -164,7 +174,7 @@ def paged_attention(
         acc = acc.at[tile].add(acc_item * weight[..., None], mode="drop")
         return acc, m, l
 
-    if num_tiles * max_pages * S * max(K * D, Q * H) <= KEY_ELEMENTS:
+    if num_tiles * max_pages * S * max(K * D, Q * H) <= WHOLE_ELEMENTS:
         # So small a step is one item a tile, and nothing is left to join.
         columns = jnp.broadcast_to(jnp.arange(max_pages, dtype=jnp.int32), (num_tiles, max_pages))
         acc, m, l = attend(jnp.arange(num_tiles, dtype=jnp.int32), columns)
