@@ -47,8 +47,8 @@ def cdiv(a, b):
 
 
 def running_sum(x: Int32[Array, "... N"]) -> Int32[Array, "... N"]:
-    """Inclusive prefix sums along the last axis. Where that is little work, one masked reduction: a single GPU kernel."""
-    size = x.shape[-1]
+    """Inclusive prefix sums along the last axis; where that is little work, one masked reduction: one GPU kernel."""
+    x, size = x.astype(jnp.int32), x.shape[-1]
     if x.size * size > 1 << 20:
         return jnp.cumsum(x, axis=-1, dtype=jnp.int32)
     index = jnp.arange(size, dtype=jnp.int32)
@@ -201,8 +201,9 @@ def check_forks(
     """Whether each entry is fine (padding is), and each row's parent, B where it gets none."""
     num_rows = idle.shape[0]
     padding = (parents == -1) | (children == -1)
-    in_range = (parents >= 0) & (parents < num_rows) & (children >= 0) & (children < num_rows)
-    named = jnp.where(in_range & ~padding, children, num_rows)
+    names_row = (children >= 0) & (children < num_rows)
+    in_range = (parents >= 0) & (parents < num_rows) & names_row
+    named = jnp.where(names_row & ~padding, children, num_rows)
     times = jnp.zeros(num_rows, jnp.int32).at[named].add(1, mode="drop")
     at = jnp.clip(children, 0, num_rows - 1)
     fork = in_range & idle[at] & (times[at] == 1)

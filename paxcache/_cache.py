@@ -409,7 +409,19 @@ def fork(
     """
     parents = _checks.int_array("parents", parents, "N")
     children = _checks.int_array("children", children, "N", N=parents.shape[0])
-    return _fork(cache, parents, children)
+    return _integers_only(_fork, cache, parents, children)
+
+
+def _integers_only(function: Any, cache: PagedKVCache, *args: Any) -> Any:
+    """Calls a function that changes integers alone with the pages left out: an eager call would copy them."""
+    bare = dataclasses.replace(cache, groups=tuple(dataclasses.replace(g, pages=None) for g in cache.groups))
+    changed, *rest = function(bare, *args)
+    groups = tuple(
+        dataclasses.replace(new, pages=old.pages)
+        for new, old in zip(changed.groups, cache.groups, strict=True)
+    )
+    changed = dataclasses.replace(changed, groups=groups)
+    return (changed, *rest) if rest else changed
 
 
 @jax.jit
@@ -444,13 +456,13 @@ def reorder(cache: PagedKVCache, parents: Int32[Array, "B"]) -> PagedKVCache:
 
     Reference: beam search of PagedAttention (Kwon et al., 2023).
     """
-    return _reorder(cache, _checks.int_array("parents", parents, "B", B=cache.max_seqs))
+    return _integers_only(_reorder, cache, _checks.int_array("parents", parents, "B", B=cache.max_seqs))
 
 
 @jax.jit
 def _reorder(cache, parents):
     own = jnp.arange(cache.max_seqs, dtype=jnp.int32)
-    return _share(cache, jnp.where((parents >= -1) & (parents < cache.max_seqs), parents, own))
+    return (_share(cache, jnp.where((parents >= -1) & (parents < cache.max_seqs), parents, own)),)
 
 
 def _share(cache: PagedKVCache, parents: Int32[Array, "B"]) -> PagedKVCache:
@@ -490,17 +502,19 @@ def truncate(cache: PagedKVCache, seq_lens: Int32[Array, "B"]) -> PagedKVCache:
       >>> cache.seq_lens.tolist(), paxcache.stats(cache).num_used_pages.item()
       ([16, 2], 2)
     """
-    return _truncate(cache, _checks.int_array("seq_lens", seq_lens, "B", B=cache.max_seqs))
+    seq_lens = _checks.int_array("seq_lens", seq_lens, "B", B=cache.max_seqs)
+    return _integers_only(_truncate, cache, seq_lens, cache.page_size)
 
 
-@jax.jit
-def _truncate(cache, seq_lens):
+@functools.partial(jax.jit, static_argnums=2)
+def _truncate(cache, seq_lens, page_size):
     shrinks = (seq_lens >= 0) & (seq_lens < cache.seq_lens)
     kept = jnp.where(shrinks, seq_lens, cache.seq_lens)
-    S = cache.page_size
-    return _unmap(
-        cache, kept, lambda g: shrinks[:, None] & _allocator.past_length(g.block_tables, kept, page_size=S)
-    )
+
+    def past_length(group):
+        return shrinks[:, None] & _allocator.past_length(group.block_tables, kept, page_size=page_size)
+
+    return (_unmap(cache, kept, past_length),)
 
 
 def release(cache: PagedKVCache, rows: Bool[Array, "B"]) -> PagedKVCache:
@@ -524,12 +538,12 @@ def release(cache: PagedKVCache, rows: Bool[Array, "B"]) -> PagedKVCache:
       >>> paxcache.release(cache, jnp.array([True, False])).seq_lens.tolist()
       [0, 2]
     """
-    return _release(cache, _checks.bool_array("rows", rows, "B", B=cache.max_seqs))
+    return _integers_only(_release, cache, _checks.bool_array("rows", rows, "B", B=cache.max_seqs))
 
 
 @jax.jit
 def _release(cache, rows):
-    return _unmap(cache, jnp.where(rows, 0, cache.seq_lens), lambda g: rows[:, None])
+    return (_unmap(cache, jnp.where(rows, 0, cache.seq_lens), lambda g: rows[:, None]),)
 
 
 def _unmap(cache: PagedKVCache, seq_lens: Int32[Array, "B"], where: Any) -> PagedKVCache:

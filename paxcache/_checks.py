@@ -64,6 +64,14 @@ def int_array(name: str, value: Any, dims: str, **sizes: int) -> jax.Array:
     return result.astype(jnp.int32)
 
 
+def slots(name: str, value: Any, dims: str, **sizes: int) -> jax.Array:
+    """Slots of any integer type. Those on the host that int32 does not hold lie outside every pool and stay there."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+        fits = (value >= 0) & (value <= np.iinfo(np.int32).max)
+        value = np.where(fits, value, -1).astype(np.int32)
+    return array(name, value, dims, dtype=jnp.integer, **sizes)
+
+
 def bool_array(name: str, value: Any, dims: str, **sizes: int) -> jax.Array:
     """A bool array."""
     return array(name, value, dims, dtype=jnp.bool_, **sizes)

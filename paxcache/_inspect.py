@@ -153,7 +153,7 @@ def check(cache: PagedKVCache, *, held: Any = None) -> None:
     """Verifies every invariant on the host, for tests and debugging. Reads the tables, never the pages.
 
     Lengths lie in what a row can hold; table entries name pages, none twice in a row; every token that its group's
-    window lets a query see has a page; each page's count equals the references by tables plus those of `held`.
+    window lets the next query see has a page; each page's count equals the references by tables plus those of `held`.
 
     Args:
       cache: the cache, not traced.
@@ -199,7 +199,7 @@ def check(cache: PagedKVCache, *, held: Any = None) -> None:
         for b, row in enumerate(mapped):
             pages, times = np.unique(row[row < P], return_counts=True)
             problems += [f"{where}row {b}: page {p} is mapped twice" for p in pages[times > 1]]
-            first_seen = 0 if group.sliding_window is None else max(lens[b] - group.sliding_window, 0)
+            first_seen = 0 if group.sliding_window is None else max(lens[b] - group.sliding_window + 1, 0)
             columns = np.arange(first_seen // S, min(-(-lens[b] // S), M))
             problems += [
                 f"{where}row {b}: entry {m} holds visible tokens but maps no page"

@@ -87,7 +87,7 @@ def _no_derivative(op: str, tree: Any) -> Any:
             "or wrap the inputs in jax.lax.stop_gradient."
         )
 
-    return jax.tree.map(identity, tree)
+    return jax.tree.map(lambda x: x if isinstance(x, (int, float)) else identity(x), tree)
 
 
 def _as_stacked(op: str, layer: Any, *pools: Any) -> tuple[jax.Array, list[Any]]:
@@ -290,7 +290,10 @@ def paged_attention(
         sliding_window = _checks.window("sliding_window", sliding_window)
     if isinstance(soft_cap, (int, float)) and not soft_cap > 0:
         raise ValueError(f"soft_cap must be above 0, got {soft_cap}")
-    q, k_pages, v_pages, sinks = _no_derivative("paged_attention", (q, k_pages, v_pages, sinks))
+    sm_scale = 1 / math.sqrt(D) if sm_scale is None else sm_scale
+    q, k_pages, v_pages, sinks, sm_scale, soft_cap = _no_derivative(
+        "paged_attention", (q, k_pages, v_pages, sinks, sm_scale, soft_cap)
+    )
 
     def run_xla():
         work = plan
@@ -314,7 +317,7 @@ def paged_attention(
             starts,
             lens,
             layer,
-            sm_scale=1 / math.sqrt(D) if sm_scale is None else sm_scale,
+            sm_scale=sm_scale,
             soft_cap=soft_cap,
             sliding_window=sliding_window,
             sinks=sinks,
@@ -371,7 +374,7 @@ def write_pages(
         raise ValueError("v: expected None exactly where v_pages is None (keys serve as values)")
     if v_pages is not None:
         v = _checks.array("v", v, "T K Dv", dtype=jnp.floating, T=k.shape[0], K=K, Dv=v_pages.shape[-1])
-    slots = _checks.array("slot_mapping", slot_mapping, "T", dtype=jnp.integer, T=k.shape[0])
+    slots = _checks.slots("slot_mapping", slot_mapping, "T", T=k.shape[0])
     k_pages, v_pages, k, v = _no_derivative("write_pages", (k_pages, v_pages, k, v))
     arguments = k_pages, v_pages, k, v, slots, layer
     k_pages, v_pages = _dispatch(
