@@ -235,7 +235,7 @@ def paged_attention(
       sinks: [H] logits that join each softmax without a value (StreamingLLM; gpt-oss).
       causal: False lets a query see later tokens of its row.
       return_lse: also return the log-sum-exp of each query's scores, for `merge_attention`. Natural logarithm;
-        includes the sinks; -inf where a query sees nothing.
+        includes the sinks; -inf where a query has neither a key nor a sink, and for tokens of no row.
       plan: from `plan`, for the same lengths, window, causality and KV heads; None makes one.
       implementation: see the module's text.
 

@@ -14,10 +14,11 @@ jax.config.update("jax_num_cpu_devices", 2)
 # References are computed with JAX too; on a GPU its default for float32 products is TF32, far too coarse for one.
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# Time limits of single examples say nothing on a shared machine. `--hypothesis-profile=ci` fixes the examples.
-hypothesis.settings.register_profile("default", deadline=None)
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
-hypothesis.settings.load_profile("default")
+# Time limits of single examples say nothing on a shared machine. Examples are the same in every run, so that a
+# change is judged by itself; `--hypothesis-profile=explore` draws new ones.
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile("fixed")
 
 
 @functools.cache
