@@ -77,8 +77,9 @@ def request(
     num_tokens: int | None,
     max_query_len: int | None,
     row_capacity: int,
+    broken: Bool[Array, "B"],
 ) -> Request:
-    """Places the rows' tokens in the step and refuses the rows that can never fit."""
+    """Places the rows' tokens in the step and refuses the rows that can never fit, and those that are broken."""
     wanted = jnp.maximum(query_lens, 0)
     if max_query_len is not None:
         starts = jnp.arange(seq_lens.shape[0], dtype=jnp.int32) * max_query_len
@@ -92,8 +93,18 @@ def request(
         too_many = (ends > num_tokens) & (wanted > 0)
     status = jnp.where(too_many, Status.STEP_FULL, Status.OK)
     status = jnp.where(wanted > row_capacity - seq_lens, Status.ROW_FULL, status)
-    status = jnp.where(query_lens < 0, Status.INVALID, status).astype(jnp.int32)
+    invalid = (query_lens < 0) | (broken & (wanted > 0))
+    status = jnp.where(invalid, Status.INVALID, status).astype(jnp.int32)
     return Request(starts, jnp.where(status == Status.OK, wanted, 0), status)
+
+
+def lacks_last_page(
+    block_tables: Int32[Array, "B M"], seq_lens: Int32[Array, "B"], *, page_size: int
+) -> Bool[Array, "B"]:
+    """Rows whose partly filled last page is gone: a fresh one in its place would show its last owner's tokens."""
+    column = jnp.minimum(seq_lens // page_size, block_tables.shape[1] - 1)
+    page = jnp.take_along_axis(block_tables, column[:, None], axis=1)[:, 0]
+    return (page < 0) & (seq_lens % page_size > 0)
 
 
 def touch(

@@ -140,8 +140,17 @@ def _extend(
     old_lens = cache.seq_lens
     most = num_tokens if max_query_len is None else max_query_len
     assert most is not None
+    broken = jnp.zeros(B, bool)
+    for group in cache.groups:
+        if group.sliding_window is not None:  # nothing else takes pages below a row's length
+            broken |= _allocator.lacks_last_page(group.block_tables, old_lens, page_size=S)
     request = _allocator.request(
-        old_lens, query_lens, num_tokens=num_tokens, max_query_len=max_query_len, row_capacity=M * S
+        old_lens,
+        query_lens,
+        num_tokens=num_tokens,
+        max_query_len=max_query_len,
+        row_capacity=M * S,
+        broken=broken,
     )
     touched = [
         _allocator.touch(
@@ -480,7 +489,8 @@ def truncate(cache: PagedKVCache, seq_lens: Int32[Array, "B"]) -> PagedKVCache:
     """Rolls rows back to shorter lengths and frees the pages they no longer need (rejected draft tokens, retries).
 
     In a group with a sliding window a row should not be rolled back to less than its length before the last `extend`
-    that gave it tokens: pages left of that window may be gone, and attention skips what is gone.
+    that gave it tokens: pages left of that window may be gone. Attention skips what is gone; where the row's partly
+    filled last page is, `extend` refuses the row with ``Status.INVALID``.
 
     Args:
       cache: the cache.

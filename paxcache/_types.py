@@ -46,7 +46,8 @@ class Status(enum.IntEnum):
     STEP_FULL = 3
     """The row's tokens do not fit the step (``num_tokens`` or ``max_query_len``)."""
     INVALID = 4
-    """A negative number of tokens was asked for."""
+    """A negative number of tokens was asked for, or the row was rolled back so far beside a window that the page its
+    next token belongs into is gone (see `truncate`)."""
 
 
 class StepError(RuntimeError):

@@ -146,7 +146,7 @@ class Model:
         status = [OK] * self.num_rows
         for b, n in enumerate(asked):
             fits = n <= max_query_len if num_tokens is None else starts[b] + n <= num_tokens
-            if wanted[b] < 0:
+            if wanted[b] < 0 or (n > 0 and self._lacks_last_page(b)):
                 status[b] = INVALID
             elif self.lens[b] + n > self.max_pages * self.page_size:
                 status[b] = ROW_FULL
@@ -170,6 +170,10 @@ class Model:
                     self._map(group, b, n, need[b])
         self.lens = [old + n for old, n in zip(self.lens, new, strict=True)]
         return StepModel(status, short, starts, new, list(self.lens))
+
+    def _lacks_last_page(self, b: int) -> bool:
+        last, kept = divmod(self.lens[b], self.page_size)
+        return kept > 0 and any(group.tables[b][last] is None for group in self.groups)
 
     def _needs(self, group: Group, b: int, n: int) -> list[int]:
         entries = range(self.lens[b] // self.page_size, self.pages_for(self.lens[b] + n)) if n > 0 else ()

@@ -637,16 +637,36 @@ def test_rollback_to_the_last_extend_is_exact_beside_a_window(windowed, base):
     windowed.truncate([base + 1, 0, 0, 0])
 
 
+def rolled_back_past_a_window(driver) -> Any:
+    """Row 0 at length 2, its only page in the local group given back long ago; row 1 at length 3."""
+    driver.extend([12, 3, 0, 0], num_tokens=40)
+    driver.extend([1, 0, 0, 0], num_tokens=40)
+    back = jnp.array([2, INT32_MAX, INT32_MAX, INT32_MAX])
+    driver.model.truncate(back.tolist())
+    driver.cache = paxcache.truncate(driver.cache, back)
+    return driver
+
+
 def test_rollback_past_a_window_harms_no_other_row(windowed):
-    """Pages left of the window are gone; the row may read junk or nothing there, the others stay exact."""
-    windowed.extend([12, 3, 0, 0], num_tokens=40)
-    windowed.extend([1, 0, 0, 0], num_tokens=40)
-    windowed.model.truncate([2, INT32_MAX, INT32_MAX, INT32_MAX])
-    windowed.cache = paxcache.truncate(windowed.cache, jnp.array([2, INT32_MAX, INT32_MAX, INT32_MAX]))
-    windowed.compare_tokens()
-    windowed.extend([1, 2, 0, 0], num_tokens=40)
-    windowed.release([True] * 4)
-    assert used(windowed, 0) == used(windowed, 1) == 0
+    """Pages left of the window are gone; the row may see nothing there, the others stay exact."""
+    driver = rolled_back_past_a_window(windowed)
+    driver.compare_tokens()
+    with pytest.raises(paxcache.InvariantError, match=r"row 0.*maps no page"):
+        paxcache.check(driver.cache)
+    driver.release([True, False, False, False])
+    driver.extend([1, 2, 0, 0], num_tokens=40)
+    driver.release([True] * 4)
+    assert used(driver, 0) == used(driver, 1) == 0
+
+
+def test_row_without_its_last_page_is_refused(windowed):
+    """A fresh page in its place would show the row its last owner's tokens."""
+    before = rolled_back_past_a_window(windowed).cache
+    after, step = paxcache.extend(before, jnp.array([1, 2, 0, 0]), num_tokens=40)
+    assert step.status.tolist()[:2] == [paxcache.Status.INVALID, paxcache.Status.OK]
+    assert after.seq_lens.tolist() == [2, 5, 0, 0]
+    for old, new in zip(before.groups, after.groups, strict=True):
+        np.testing.assert_array_equal(old.block_tables[0], new.block_tables[0])
 
 
 def test_layers_count_through_the_groups(windowed):
