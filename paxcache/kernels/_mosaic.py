@@ -27,9 +27,9 @@ __all__ = [
     "device_limits",
     "in_place",
     "interpreter",
+    "matrix_tiles",
     "pl",
     "plgpu",
-    "swizzle_for",
     "varying_like",
 ]
 
@@ -70,12 +70,14 @@ def interpreter(*, detect_races: bool = False) -> Any:
     return plgpu.InterpretGPUParams(detect_races=detect_races)
 
 
-def swizzle_for(row_bytes: int) -> int:
-    """The widest copy-engine swizzle, in bytes, that divides a row of `row_bytes` bytes."""
+def matrix_tiles(row_bytes: int, dtype: Any) -> tuple[Any, Any]:
+    """The transforms of shared memory that the matrix unit reads: 8 rows of the widest swizzle that divides a row."""
+    tiling: Any = plgpu.TilingTransform
+    swizzling: Any = plgpu.SwizzleTransform
     for swizzle in (128, 64, 32):
         if row_bytes % swizzle == 0:
-            return swizzle
-    raise NotImplementedError(f"rows of {row_bytes} bytes: the copy engine needs a multiple of 32")
+            return tiling((8, swizzle // dtype.itemsize)), swizzling(swizzle)
+    raise NotImplementedError(f"rows of {row_bytes} bytes: the matrix unit needs a multiple of 32")
 
 
 def arrive(counter: Any, limit_and_result: Any) -> None:
