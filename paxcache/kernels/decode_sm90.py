@@ -1,0 +1,1115 @@
+"""Paged attention for rows with few query tokens, on Hopper (sm_90a). Imports `_mosaic` and JAX; knows arrays.
+
+Decode reads every visible key and value once and computes little: what counts is that every SM streams pages from
+the first microsecond to the last, whatever the mix of lengths. Four ideas:
+
+- Work is split by tokens. `decode_plan` cuts a flat list of tiles of 64 tokens, in order of (row, KV head, token),
+  into contiguous *ranges* of equal length, once per step. A range may begin and end inside a *pair* (row, KV head);
+  what a range does of one pair is a *piece*. A pair inside one range is finished there. A pair that is cut leaves
+  partial results (un-normalised sum, maximum, denominator), and the piece that is done last joins them: no program
+  ever waits for another.
+- Neighbouring programs, the *lanes* of a range, take the same tokens of different KV heads in step, because a page
+  holds its heads side by side and memory answers faster to neighbours. The flat list is then a lane's.
+- The operands are swapped: tokens are the rows of the matrix unit, S^T = K Q^T and O^T = V^T P^T, and the *columns*
+  are a KV head's queries: its G heads times the row's query tokens, padded to 8. A group of 4 heads wastes half of
+  an 8-wide column block instead of 60 of 64 rows. What exceeds a warpgroup's registers, many heads a KV head or many
+  query tokens, becomes further pairs, which read the same keys again.
+- Programs are persistent, two an SM. One warp streams keys, one values, one queries; each walks across the borders
+  of pieces, so that the pipeline never drains.
+
+Reference: flash decoding (Dao et al., 2023) for the split; FlashInfer (Ye et al., 2025) for balanced work lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import sequential_vmap
+
+from paxcache.kernels._mosaic import (
+    DeviceLimits,
+    arrive,
+    device_limits,
+    matrix_tiles,
+    pl,
+    plgpu,
+    varying_like,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int32
+
+TILE = 64  # tokens a tile: the rows of one matrix instruction
+LOG2E = math.log2(math.e)
+NEG = -1e30  # where a running maximum starts: finite, so that no difference of two maxima is NaN
+HOLE = 1 << 28  # added to the index of a token in a hole, past any length
+COUNTER_SETS = 8
+MAX_PIECES = 32  # of a pair where their length is fixed: longer rows get longer pieces
+MAX_ACCUMULATOR = 32 * 128  # columns times head dim that fit a warpgroup's registers beside the scores
+SHARED_ACCUMULATOR = 16 * 128  # and those that let two programs share an SM,
+SHARED_COLUMNS = 16  # with at most so many columns, half of them where the head dim is padded
+MAX_LANES = 8
+STREAM_BYTES_SHARED = 128 * 1024  # of keys and values in flight in an SM, with two programs
+STREAM_BYTES_ALONE = 96 * 1024  # and with one; more of either and the memory answers more slowly
+MIN_TILES = 6  # shorter ranges pay more for joins than a second program an SM gains
+
+# Columns of Plan.lines for a range: where it begins; its tiles and pieces; how many later ranges continue the pair
+# that it is the first to continue; the first range that continues the pair it begins in, and how many do; how many
+# ranges continue the pair it ends in; of its first row the length, first visible token, number of query tokens and
+# first query token; the pages of its first tile.
+ROW, TURN, FIRST, TILES, PIECES, PARTS, JOIN, JOIN_PARTS, NEXT_PARTS, LEN, LOW, QUERIES, START, PAGES = range(
+    14
+)
+# And for a row: about itself, and about the next row that has work.
+ROW_LEN, ROW_LOW, ROW_QUERIES, ROW_START, NEXT, NEXT_LEN, NEXT_LOW, NEXT_QUERIES, NEXT_START = range(9)
+SECTOR = 8  # int32 in a memory sector, to which lines are padded
+
+# Int32 in shared memory: number of the last arrival, and of this one; then for each stage a bit a copy of a hole.
+NOTES = 2
+
+MATRIX = plgpu.Layout.WGMMA
+MATRIX_T = plgpu.Layout.WGMMA_TRANSPOSED
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A launch configuration; `default_config` makes one."""
+
+    num_programs: int
+    """Programs launched: what the device holds at once, a multiple of `lanes`."""
+    min_programs: int
+    """Programs that get work where there is little: one an SM, a multiple of `lanes`."""
+    lanes: int
+    """Neighbouring programs that do the same ranges for different pairs of a row, in step."""
+    num_stages: int
+    """Tiles of keys, and as many of values, in flight in a program."""
+    block_tokens: int
+    """Query tokens that a program handles at once; a row with more takes several passes over its keys."""
+    join_chunk: int
+    """Partial results that a join loads at once; with more the registers no longer let two programs share an SM."""
+    piece_len: int | None = None
+    """Tokens of a piece, a multiple of 64: pairs are cut by their own length alone, so that a row's result does not
+    depend on its batch, bit for bit. None: pairs are cut where the balance wants it."""
+    fused_join: bool = True
+    """Joins are made by the kernel itself, or else by a second one: the interpreter has no atomics."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Case:
+    """What is static in a call."""
+
+    head_groups: int  # groups of query heads that share a KV head and are handled at once
+    groups_per_kv_head: int
+    group: int  # query heads of such a group
+    head_dim: int
+    page_size: int
+    max_query_len: int
+    max_pages: int
+    dtype: Any
+    causal: bool
+    windowed: bool
+    soft_cap: float | None
+    has_sinks: bool
+    return_lse: bool
+    config: Config
+
+    @property
+    def blocks(self) -> int:
+        """Passes over a head group's keys: blocks of query tokens."""
+        return -(-self.max_query_len // self.config.block_tokens)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a row."""
+        return self.head_groups * self.blocks
+
+    @property
+    def num_ranges(self) -> int:
+        """Lines of the plan before the rows' ones."""
+        return self.config.num_programs // self.config.lanes
+
+    @property
+    def turns(self) -> int:
+        """Pairs of a row that one lane takes, one after another."""
+        return self.pairs // self.config.lanes
+
+    @property
+    def columns(self) -> int:
+        return -(-self.group * self.config.block_tokens // 8) * 8
+
+    @property
+    def padded_dim(self) -> int:
+        """The head dim in whole row blocks of the matrix unit, which writes O^T."""
+        return _padded_dim(self.head_dim)
+
+    @property
+    def block_len(self) -> int:
+        """The largest number of tokens that divides pages and tiles."""
+        return math.gcd(self.page_size, TILE)
+
+    @property
+    def copy_len(self) -> int:
+        return _copy_len(self.page_size, self.head_dim)
+
+    @property
+    def max_pieces(self) -> int:
+        """Most pieces of a pair where their length is fixed."""
+        assert self.config.piece_len is not None
+        return min(MAX_PIECES, pl.cdiv(self.max_pages * self.page_size, self.config.piece_len))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The balanced list of work of a step: a line a range, then a line a row, then counters of arrivals.
+
+    The counters are zeros before and after every launch and change while one runs, although XLA takes the plan for
+    a plain input. Layers use different ones in turn. Two launches may share them because XLA runs the kernels of a
+    device one after another.
+    """
+
+    lines: Int32[Array, "lines columns"]
+
+
+def _padded_dim(head_dim: int) -> int:
+    return -(-head_dim // 64) * 64
+
+
+def _largest_group(num_heads: int, head_dim: int) -> int:
+    """Query heads handled at once, of those that share a KV head: all, or a part that fits the registers."""
+    most = MAX_ACCUMULATOR // _padded_dim(head_dim)
+    return max(n for n in range(1, min(num_heads, most) + 1) if num_heads % n == 0)
+
+
+def default_config(
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    max_query_len: int,
+    dtype: Any,
+    limits: DeviceLimits | None = None,
+    piece_len: int | None = None,
+) -> Config:
+    """Two programs an SM where shared memory and registers allow it, with enough but not too much in flight."""
+    limits = device_limits() if limits is None else limits
+    group = _largest_group(num_heads // num_kv_heads, head_dim)
+    padded_dim = _padded_dim(head_dim)
+    block_tokens = max(1, min(max_query_len, MAX_ACCUMULATOR // padded_dim // group))
+    columns = -(-group * block_tokens // 8) * 8
+    one_stage = _scratch(
+        columns=columns,
+        head_dim=head_dim,
+        page_size=page_size,
+        block_tokens=block_tokens,
+        num_stages=1,
+        dtype=dtype,
+    )
+    stage = TILE * (head_dim + padded_dim) * jnp.dtype(dtype).itemsize
+    rest = _smem_bytes(one_stage) - stage
+    half = limits.smem_bytes_per_sm // 2 - 1024  # the system keeps 1 KB of each block's
+    accumulator = columns * padded_dim
+    shared_columns = SHARED_COLUMNS if padded_dim == head_dim else SHARED_COLUMNS // 2
+    share = columns <= shared_columns and accumulator <= SHARED_ACCUMULATOR and rest + 2 * stage <= half
+    programs, room = (2 * limits.num_sms, half) if share else (limits.num_sms, limits.smem_bytes_per_block)
+    wanted = max(2, (STREAM_BYTES_SHARED // 2 if share else STREAM_BYTES_ALONE) // stage)
+    pairs = num_heads // group * -(-max_query_len // block_tokens)
+
+    def divides(lanes):
+        """No more than one program in 32 is lost to the last group of lanes."""
+        return pairs % lanes == 0 and all(32 * (n % lanes) <= n for n in (programs, limits.num_sms))
+
+    lanes = max(filter(divides, range(1, MAX_LANES + 1)))
+    return Config(
+        num_programs=programs // lanes * lanes,
+        min_programs=limits.num_sms // lanes * lanes,
+        lanes=lanes,
+        num_stages=max(1, min(wanted, (room - rest) // stage)),
+        block_tokens=block_tokens,
+        join_chunk=(4 if columns == 8 else 1) if share else max(1, MAX_ACCUMULATOR // accumulator),
+        piece_len=piece_len,
+    )
+
+
+def _copy_len(page_size: int, head_dim: int) -> int:
+    """Tokens of one copy: what divides pages and tiles, or 8, contiguous when tiled, where the head dim is padded."""
+    return math.gcd(page_size, TILE) if _padded_dim(head_dim) == head_dim else 8
+
+
+def _scratch(
+    *, columns: int, head_dim: int, page_size: int, block_tokens: int, num_stages: int, dtype: Any
+) -> dict[str, Any]:
+    """The shared memory of a program."""
+    N, D, DP, stages = columns, head_dim, _padded_dim(head_dim), num_stages
+    copies = TILE // _copy_len(page_size, head_dim)
+    tiles = matrix_tiles(D * jnp.dtype(dtype).itemsize, jnp.dtype(dtype))  # one swizzle for all operands
+
+    def operand(*shape: int) -> Any:
+        return plgpu.SMEM(shape, dtype, transforms=tiles)
+
+    return {
+        "q_raw": plgpu.SMEM((N, DP), dtype),
+        "q_s": operand(N, DP),
+        "k_s": operand(stages, TILE, D),
+        "v_s": operand(stages, TILE, DP),
+        "p_s": operand(N, TILE),
+        "o_s": plgpu.SMEM((N, DP), dtype),
+        "notes": plgpu.SMEM((NOTES + stages,), jnp.int32),
+        "q_full": plgpu.Barrier(num_arrivals=block_tokens),
+        "k_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        "v_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        "q_free": plgpu.Barrier(),
+        "k_free": plgpu.Barrier(num_barriers=stages),
+        "v_free": plgpu.Barrier(num_barriers=stages),
+    }
+
+
+def _smem_bytes(scratch: dict[str, Any]) -> int:
+    """An upper estimate: every buffer rounded up to 1 KB, the alignment of swizzled ones; barriers together 1 KB."""
+    buffers = [x for x in scratch.values() if hasattr(x, "dtype")]
+    sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in buffers)
+    return sum(pl.cdiv(size, 1024) * 1024 for size in sizes) + 1024
+
+
+def decode_plan(
+    block_tables: Int32[Array, "B M"],
+    seq_lens: Int32[Array, "B"],
+    query_starts: Int32[Array, "B"],
+    query_lens: Int32[Array, "B"],
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    max_query_len: int = 1,
+    sliding_window: Int32[Array, ""] | int | None = None,
+    config: Config,
+) -> Plan:
+    """Cuts the visible tokens of a step into balanced ranges, on the device; lengths are dynamic, shapes are not.
+
+    Args:
+      block_tables: i32[B, M].
+      seq_lens: i32[B], with the new tokens.
+      query_starts, query_lens: i32[B] a row's first query token and its number of them.
+      num_heads, num_kv_heads, head_dim, page_size: H, K, D, S.
+      max_query_len: most query tokens of a row.
+      sliding_window: tokens a query sees, itself included; pages left of it are not read.
+      config: the launch configuration.
+
+    Returns:
+      The plan, for every layer with these rows, tables, window and KV heads.
+    """
+    i32 = jnp.int32
+    B, M = block_tables.shape
+    head_groups = num_heads // _largest_group(num_heads // num_kv_heads, head_dim)
+    turns = head_groups * -(-max_query_len // config.block_tokens) // config.lanes
+    block_len = math.gcd(page_size, TILE)
+    live = (seq_lens > 0) & (query_lens > 0)
+    lens = jnp.where(live, seq_lens, 0).astype(i32)
+    queries = jnp.where(live, query_lens, 0).astype(i32)
+    low = jnp.zeros_like(lens)
+    if sliding_window is not None:
+        low = jnp.maximum(lens - queries - sliding_window + 1, 0)
+    base = low - low % block_len
+    tiles = (lens - base + (TILE - 1)) // TILE
+    pieces = jnp.sign(tiles) if config.piece_len is None else _num_pieces(config.piece_len, tiles)
+
+    # Inclusive running sums and the next row with work, as reductions of one small matrix.
+    row_ids = jnp.arange(B, dtype=i32)
+    up_to = row_ids[None, :] <= row_ids[:, None]
+    tile_end = jnp.sum(jnp.where(up_to, tiles, 0), axis=1, dtype=i32) * turns
+    piece_end = jnp.sum(jnp.where(up_to, pieces, 0), axis=1, dtype=i32) * turns
+    following = jnp.min(jnp.where(~up_to & (tiles > 0), row_ids, B - 1), axis=1)
+
+    # The flat list of a lane has `total` tiles; range g begins with tile start[g].
+    total = tile_end[-1]
+    most, fewest = config.num_programs // config.lanes, config.min_programs // config.lanes
+    num_ranges = jnp.where(total < MIN_TILES * most, fewest, most)
+    each, more = total // num_ranges, total % num_ranges
+
+    def ranges_before(tile):
+        """How many ranges begin before a tile of the flat list."""
+        longer = more * (each + 1)
+        shorter_before = -(-(tile - longer) // jnp.maximum(each, 1))
+        return jnp.where(tile <= longer, -(-tile // (each + 1)), more + shorter_before)
+
+    range_ids = jnp.arange(most + 1, dtype=i32)
+    start = jnp.minimum(range_ids * each + jnp.minimum(range_ids, more), total)
+    row = jnp.minimum(jnp.sum(tile_end[None, :] <= start[:, None], axis=1, dtype=i32), B - 1)
+    row_tiles = jnp.maximum(tiles[row], 1)
+    within = start - (tile_end[row] - tiles[row] * turns)
+    turn, tile = within // row_tiles, within % row_tiles
+    past_end = start >= total
+    # Pieces before the pair that the range begins in.
+    before = jnp.where(past_end, piece_end[-1], piece_end[row] - (turns - turn) * pieces[row])
+    if config.piece_len is None:
+        num_pieces = before[1:] + jnp.sign(tile[1:]) - before[:-1]
+    else:  # the range begins where the piece does that the tile lies in
+        piece_tiles = _piece_tiles(config.piece_len, row_tiles)
+        before += tile // piece_tiles
+        num_pieces = before[1:] - before[:-1]
+        start -= tile % piece_tiles
+        tile -= tile % piece_tiles
+    num_tiles = start[1:] - start[:-1]
+
+    pair_start = start - tile
+    join, pair_stop = ranges_before(pair_start + 1), ranges_before(pair_start + row_tiles)
+    is_join = (tile > 0) & (join == range_ids) & ~past_end
+    parts = jnp.where(is_join, pair_stop - join, 0)
+    columns = jnp.arange(TILE // block_len, dtype=i32) * block_len
+    columns = (base[row] + tile * TILE)[:, None] + columns
+    last = jnp.maximum(lens[row] - 1, 0)[:, None]
+    pages = block_tables[row[:, None], jnp.clip(jnp.minimum(columns, last) // page_size, 0, M - 1)]
+
+    def lines(count, *columns):
+        columns = [x[:count, None] if x.ndim == 1 else x[:count] for x in columns]
+        width = sum(x.shape[1] for x in columns)
+        return jnp.pad(jnp.concatenate(columns, axis=1), ((0, 0), (0, line_len - width)))
+
+    line_len = pl.cdiv(PAGES + TILE // block_len, SECTOR) * SECTOR
+    about_rows = lens, low, queries, query_starts.astype(i32)
+    by_range = row, turn, tile, num_tiles, num_pieces, parts, join, pair_stop - join, parts[1:]
+    by_range = lines(most, *by_range, *(x[row] for x in about_rows), pages)
+    by_row = lines(B, *about_rows, following, *(x[following] for x in about_rows))
+    num_joins = _num_joins(config, B, turns * config.lanes)
+    # Zeros that the compiler cannot know to be zeros: constants may be shared, or made again for every layer.
+    counters = jnp.broadcast_to(
+        jnp.minimum(total, 0), (pl.cdiv(COUNTER_SETS * num_joins, line_len), line_len)
+    )
+    return Plan(jnp.concatenate([by_range, by_row, counters]))
+
+
+def _num_joins(config: Config, num_rows: int, pairs: int) -> int:
+    """Counters that a launch needs: one for each program that may be the first to continue a pair, or each pair."""
+    return config.num_programs + config.lanes if config.piece_len is None else num_rows * pairs
+
+
+def _piece_tiles(piece_len: int, tiles: Any) -> Any:
+    """Tiles of a fixed piece of a pair of `tiles` tiles."""
+    return jnp.maximum(piece_len // TILE, lax.div(tiles + (MAX_PIECES - 1), MAX_PIECES))
+
+
+def _num_pieces(piece_len: int, tiles: Any) -> Any:
+    size = _piece_tiles(piece_len, tiles)
+    return lax.div(tiles + size - 1, size)
+
+
+def _per_column(columns: Any, num_rows: int) -> Any:
+    """One value a column, repeated for each row of a matrix."""
+    return lax.broadcast_in_dim(columns, (num_rows, columns.shape[0]), [1])
+
+
+def _limits_of_columns(case: _Case, length: Any, num_queries: Any, first_query: Any, window: Any) -> Any:
+    """The first token that each column sees, or None, and the one after the last; scalars where all see the same.
+
+    Args:
+      case: the call.
+      length: tokens of the row; this and the results are counted from any one token.
+      num_queries: query tokens of the row.
+      first_query: the query token that column 0 stands for.
+      window: tokens a query sees, or None.
+    """
+    if case.max_query_len == 1 or (window is None and not case.causal):
+        return None if window is None else length - window, length
+    # Column j * group + i is head i of query token j. Padding columns count as later tokens: they see too much, and
+    # are not written.
+    column = plgpu.broadcasted_iota(jnp.int32, (case.columns,), 0, layout=COLUMN)
+    position = lax.div(column, jnp.full_like(column, case.group)) + (length - num_queries + first_query)
+    low = None if window is None else position - (window - 1)
+    high = jnp.minimum(position + 1, length) if case.causal else length
+    return low, high
+
+
+def _visible(tokens: Any, low: Any, high: Any, holes: Any, tile_start: Any, copy_len: int) -> Any:
+    """Which tokens of a tile are seen: `tokens` counts them from the tile's first, `holes` has a bit a copy."""
+    copy = lax.shift_right_logical(tokens, jnp.full_like(tokens, copy_len.bit_length() - 1))
+    hole = lax.shift_right_logical(jnp.full_like(tokens, 0) + holes, copy)
+    token = tokens + lax.bitwise_and(hole, jnp.full_like(tokens, 1)) * HOLE
+
+    def limit(x):
+        x = x - tile_start
+        return _per_column(x, tokens.shape[0]) if jnp.ndim(x) else x
+
+    seen = token < limit(high)
+    return seen if low is None else jnp.logical_and(seen, token >= limit(low))
+
+
+def _soft_cap(x: Any, cap: float) -> Any:
+    """``cap * tanh(x / cap)`` for x in units of log2, to float32's precision; the hardware's own tanh has 11 bits."""
+    cap *= LOG2E
+    return cap - (2 * cap) / (jnp.exp2(x * (2 * LOG2E / cap)) + 1)
+
+
+def _to_output_tile(values: Any, o_s: Any) -> None:
+    """Puts [head dim, columns] into `o_s` as [columns, head dim], ready for the copy engine."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # earlier copies have left o_s
+    o_s.T[...] = plgpu.layout_cast(values.astype(o_s.dtype), MATRIX_T)
+    plgpu.commit_smem()  # all threads' values, before the copy engine reads them
+
+
+def _copy_heads(o_s: Any, first_column: int, out: Any, token: Any, head: Any, group: int) -> None:
+    """Starts the copy of one query token's heads."""
+    source = o_s.at[pl.ds(first_column, group)]
+    plgpu.copy_smem_to_gmem(source, out.at[token, pl.ds(head * group, group)])
+
+
+def _zero_unowned(program: Any, row_line: Any, num_rows: int, out: Any, o_s: Any, case: _Case) -> None:
+    """Writes zeros for the tokens that no row owns: before the first row, between rows and after the last."""
+    num_tokens, programs = out.shape[0], case.config.num_programs
+
+    def gap(i, _):
+        after = program + i * programs  # the row after the gap
+        before = jnp.maximum(after - 1, 0)
+        begin = jnp.where(after > 0, row_line(before, ROW_START) + row_line(before, ROW_QUERIES), 0)
+        end = jnp.where(after < num_rows, row_line(jnp.minimum(after, num_rows - 1), ROW_START), num_tokens)
+
+        @pl.when(begin < end)
+        def _():
+            zeros = jnp.zeros((case.padded_dim, case.columns), jnp.float32)
+            _to_output_tile(plgpu.layout_cast(zeros, MATRIX), o_s)
+
+            def copy(j, _):
+                token, head = begin + lax.div(j, case.head_groups), lax.rem(j, case.head_groups)
+                _copy_heads(o_s, 0, out, token, head, case.group)
+
+            lax.fori_loop(0, (end - begin) * case.head_groups, copy, None)
+
+    lax.fori_loop(0, lax.div(num_rows + programs - program, programs), gap, None)
+
+
+def _parts(case: _Case, join: Any) -> tuple[Any, Any, int]:
+    """Where a cut pair's partial results lie: the first one, the second, and the step from there to the others."""
+    if case.config.piece_len is None:
+        return case.config.num_programs + join - case.config.lanes, join, case.config.lanes
+    return join * case.max_pieces, join * case.max_pieces + 1, 1
+
+
+def _join(
+    case: _Case, partials: Any, stats: Any, first: Any, second: Any, step_by: int, others: Any
+) -> tuple[Any, Any, Any]:
+    """The sum, maximum and denominator of a cut pair, always added up in the order of the tokens."""
+    chunk, DP = case.config.join_chunk, case.padded_dim
+
+    def load(ref, layout):
+        return plgpu.load(ref, layout=layout, optimized=False)
+
+    def part(i):
+        return load(partials.at[i], MATRIX), load(stats.at[i, 0], COLUMN), load(stats.at[i, 1], COLUMN)
+
+    def step(i, total):
+        acc, m, l = total
+        parts = []
+        for j in range(chunk):
+            at = i * chunk + j
+            index = second + (jnp.minimum(at, others) - 1) * step_by
+            o_j, m_j, l_j = part(index if j else jnp.where(at == 0, first, index))
+            parts.append((o_j, m_j + jnp.where(at <= others, 0.0, 2 * NEG), l_j))  # past the end: weight 0
+        m_new = functools.reduce(jnp.maximum, [m_j for _, m_j, _ in parts], m)
+        weight = jnp.exp2(m - m_new)
+        acc, l = acc * _per_column(weight, DP), l * weight
+        for o_j, m_j, l_j in parts:
+            weight = jnp.exp2(m_j - m_new)
+            acc, l = acc + o_j * _per_column(weight, DP), l + l_j * weight
+        return acc, m_new, l
+
+    return lax.fori_loop(0, lax.div(others + chunk, chunk), step, _nothing(DP, case.columns, (case.columns,)))
+
+
+def _nothing(num_rows: int, columns: int, sum_shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
+    """Sum, maximum and denominator before the first token; the denominator may be kept a value a token."""
+    zeros = jnp.zeros(sum_shape, jnp.float32)
+    return (
+        plgpu.layout_cast(jnp.zeros((num_rows, columns), jnp.float32), MATRIX),
+        plgpu.layout_cast(jnp.full((columns,), NEG, jnp.float32), COLUMN),
+        plgpu.layout_cast(zeros, MATRIX if len(sum_shape) == 2 else COLUMN),
+    )
+
+
+def _finish(case: _Case, acc: Any, m: Any, l: Any, where: Any, sinks: Any, outs: Any, o_s: Any) -> None:
+    """Normalises a pair's result and writes it."""
+    row, pair, num_queries, start = where
+    head, first_query = _head_and_first_query(case, pair)
+    DP, block_tokens = case.padded_dim, case.config.block_tokens
+    if case.has_sinks:
+        sink = plgpu.load(sinks.at[head], layout=COLUMN, optimized=False) * LOG2E
+        m_all = jnp.maximum(m, sink)
+        weight = jnp.exp2(m - m_all)
+        acc, l, m = acc * _per_column(weight, DP), l * weight + jnp.exp2(sink - m_all), m_all
+    some = l > 0  # nothing was seen, as where all is hole: zeros
+    inverse = jnp.where(some, 1.0 / l, jnp.zeros_like(l))
+    _to_output_tile(acc * _per_column(inverse, DP), o_s)
+    start = start + first_query
+    for j in range(block_tokens):
+        # Past the row's last query token: columns whose results nobody asked for.
+        @pl.when(first_query + j < num_queries)
+        def _(j=j):
+            _copy_heads(o_s, j * case.group, outs["out"], start + j, head, case.group)
+
+    if case.return_lse:
+        lse = (m + jnp.log2(l)) * (1 / LOG2E)
+        outs["lse"][row, pair] = jnp.where(some, lse, jnp.full_like(l, -jnp.inf))
+
+
+def _head_and_first_query(case: _Case, pair: Any) -> tuple[Any, Any]:
+    """The head group and the first query token of the row that a pair stands for."""
+    if case.blocks == 1:
+        return pair, 0
+    return lax.div(pair, case.blocks), lax.rem(pair, case.blocks) * case.config.block_tokens
+
+
+def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
+    """One program: the pieces of its range, in order."""
+    config = case.config
+    plan, tables = refs["plan"], refs["tables"]
+    q_raw, q_s, k_s, v_s, p_s, o_s = (scratch[x] for x in ("q_raw", "q_s", "k_s", "v_s", "p_s", "o_s"))
+    q_full, k_full, v_full = (scratch[x] for x in ("q_full", "k_full", "v_full"))
+    q_free, k_free, v_free = (scratch[x] for x in ("q_free", "k_free", "v_free"))
+    notes = scratch["notes"]
+    G, S, D, DP, N = case.group, case.page_size, case.head_dim, case.padded_dim, case.columns
+    lanes, copy_len, stages = config.lanes, case.copy_len, config.num_stages
+
+    program, thread = lax.axis_index("program"), lax.axis_index("thread")
+    group, lane = (lax.div(program, lanes), lax.rem(program, lanes)) if lanes > 1 else (program, 0)
+    layer = refs["layer"][0]
+
+    def range_line(column):
+        return plan[group, column]
+
+    def row_line(row, column):
+        return plan[case.num_ranges + row, column]
+
+    num_tiles, num_pieces = range_line(TILES), range_line(PIECES)
+
+    # A place in the flat list: row, turn (which of the lane's pairs of the row), tile of the pair; the row's length,
+    # first visible token (0 without a window), number of query tokens (1 where no row has more), first query token.
+    first_place = (
+        range_line(ROW),
+        range_line(TURN),
+        range_line(FIRST),
+        range_line(LEN),
+        range_line(LOW) if case.windowed else 0,
+        range_line(QUERIES) if case.max_query_len > 1 else 1,
+        range_line(START),
+    )
+
+    def base_of(low):
+        """The token that tile 0 begins with."""
+        return low - lax.rem(low, case.block_len) if case.windowed else 0
+
+    def tiles_of(place):
+        _, _, _, length, low, _, _ = place
+        return lax.div(length - base_of(low) + (TILE - 1), TILE)
+
+    def piece_end(place, tiles_left):
+        """The tile after the piece that begins at a place."""
+        _, _, tile, *_ = place
+        tiles = tiles_of(place)
+        size = tiles_left if config.piece_len is None else _piece_tiles(config.piece_len, tiles)
+        return jnp.minimum(tiles, tile + size)
+
+    def move(place, tile):
+        """To a tile of the same pair, or to the next pair if the pair has no such tile."""
+        row, turn, _, length, low, queries, start = place
+        done = tile >= tiles_of(place)
+        row_done = jnp.logical_and(done, turn == case.turns - 1)
+        turn = jnp.where(done, jnp.where(row_done, 0, turn + 1), turn)
+        tile = jnp.where(done, 0, tile)
+        length = jnp.where(row_done, row_line(row, NEXT_LEN), length)
+        if case.windowed:
+            low = jnp.where(row_done, row_line(row, NEXT_LOW), low)
+        if case.max_query_len > 1:
+            queries = jnp.where(row_done, row_line(row, NEXT_QUERIES), queries)
+        start = jnp.where(row_done, row_line(row, NEXT_START), start)
+        return jnp.where(row_done, row_line(row, NEXT), row), turn, tile, length, low, queries, start
+
+    def pair_of(turn):
+        return turn * lanes + lane
+
+    @pl.when(thread == 1)
+    def _producers():
+        def drain(free, count, depth):
+            """Waits for the last completions: a producer must see every one."""
+
+            def wait(i, _):
+                plgpu.barrier_wait(free.at[lax.rem(i, depth)])
+
+            lax.fori_loop(jnp.maximum(count - depth, 0), count, wait, None)
+
+        def stream(pool, buffer, full, free, notes_holes):
+            def copy(i, place, first_token, pages):
+                """Starts the copies of tile number i."""
+                turn, tile = place[1], place[2]
+                slot = lax.rem(i, stages)
+
+                # The consumer arrives at `free` when it has read the slot's last tile, and this warp waits before
+                # it overwrites the tile and the note.
+                @pl.when(i >= stages)
+                def _():
+                    plgpu.barrier_wait(free.at[slot])
+
+                if notes_holes:  # noted before the copies are issued: their arrival at `full` shows it too
+                    bits = [jnp.where(page < 0, 1 << j, 0) for j, page in enumerate(pages)]
+                    notes[NOTES + slot] = functools.reduce(lax.bitwise_or, bits)
+                head, _ = _head_and_first_query(case, pair_of(turn))
+                if case.groups_per_kv_head > 1:
+                    head = lax.div(head, case.groups_per_kv_head)
+                for j, page in enumerate(pages):
+                    source = pool.at[layer, jnp.maximum(page, 0), head]
+                    if copy_len < S:
+                        block = lax.div(first_token, copy_len) + j
+                        source = source.at[pl.ds(lax.rem(block, S // copy_len) * copy_len, copy_len)]
+                    target = buffer.at[slot, pl.ds(j * copy_len, copy_len)]
+                    if buffer.shape[-1] > D:
+                        target = target.at[:, pl.ds(0, D)]
+                    # Every copy arrives at `full` with its last byte; the consumer waits for all of a tile's.
+                    plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+                return move(place, tile + 1)
+
+            def first_token_of(place):
+                _, _, tile, _, low, *_ = place
+                return base_of(low) + tile * TILE
+
+            def step(i, place):
+                row, _, _, length, *_ = place
+                first_token = first_token_of(place)
+                # Past the end a valid page is read once more; its tokens are masked later. Read before the wait,
+                # so that the latency hides behind it.
+                last = jnp.minimum(lax.div(length - 1, S), case.max_pages - 1)
+                columns = [lax.div(first_token + j, S) for j in range(0, TILE, copy_len)]
+                return copy(i, place, first_token, [tables[row, jnp.minimum(x, last)] for x in columns])
+
+            @pl.when(num_tiles > 0)
+            def _():
+                # The first tile's pages stand in the plan: one memory latency less before the stream begins.
+                pages = [range_line(PAGES + j // case.block_len) for j in range(0, TILE, copy_len)]
+                second = copy(0, first_place, first_token_of(first_place), pages)
+                lax.fori_loop(1, num_tiles, step, second)
+                drain(free, num_tiles, stages)
+
+        def queries():
+            last = refs["q"].shape[0] - 1
+
+            def step(i, carry):
+                tiles_left, place = carry
+                turn, tile, start = place[1], place[2], place[-1]
+                head, first_query = _head_and_first_query(case, pair_of(turn))
+                start = start + first_query
+
+                # The consumer arrives at `q_free` when it has taken the last piece's queries out of q_raw.
+                @pl.when(i >= 1)
+                def _():
+                    plgpu.barrier_wait(q_free)
+
+                for j in range(config.block_tokens):
+                    # Past the row's last token: another row's, whose results are not written.
+                    source = refs["q"].at[jnp.minimum(start + j, last), pl.ds(head * G, G)]
+                    # One arrival a token at `q_full`, where the consumer waits for all.
+                    plgpu.copy_gmem_to_smem(source, q_raw.at[pl.ds(j * G, G)], q_full)
+                end = piece_end(place, tiles_left)
+                return tiles_left - (end - tile), move(place, end)
+
+            lax.fori_loop(0, num_pieces, step, (num_tiles, first_place))
+
+            @pl.when(num_pieces > 0)
+            def _():
+                plgpu.barrier_wait(q_free)  # see the last completion
+
+        def warp(index):
+            pl.when(index == 0)(lambda: stream(refs["k"], k_s, k_full, k_free, True))
+            pl.when(index == 1)(lambda: stream(refs["v"], v_s, v_full, v_free, False))
+            pl.when(index == 2)(queries)
+
+        plgpu.warp_map(warp)
+
+    @pl.when(thread == 0)
+    def _consumer():
+        _zero_unowned(program, row_line, tables.shape[0], refs["out"], o_s, case)
+        scale = refs["scale"][0] * LOG2E
+        window = refs["window"][0] if case.windowed else None
+        start = _nothing(DP, N, (TILE, N))
+
+        def scores(slot):
+            def product(acc):
+                q_t = (q_s.at[:, pl.ds(0, D)] if DP > D else q_s).T
+                plgpu.wgmma(acc, k_s.at[slot], q_t)
+                return acc[...]
+
+            return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, N), jnp.float32))
+
+        def weighted_values(slot):
+            def product(acc):
+                plgpu.wgmma(acc, v_s.at[slot].T, p_s.T)
+                return acc[...]
+
+            return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((DP, N), jnp.float32))
+
+        def clean_values(slot, low, high, holes, tile_start):
+            """Zeros for tokens that are not the row's: 0 * NaN would be NaN. A part at a time spares registers."""
+            width = 64 if D % 64 == 0 else 32
+            tokens = plgpu.broadcasted_iota(jnp.int32, (TILE, width), 0, layout=MATRIX)
+            owned = _visible(tokens, low, high, holes, tile_start, copy_len)
+            for d in range(0, D, width):
+                values = plgpu.load(v_s.at[slot, :, pl.ds(d, width)], layout=MATRIX)
+                v_s[slot, :, pl.ds(d, width)] = jnp.where(owned, values, jnp.zeros_like(values))
+
+        def piece(_, carry):
+            tiles_done, place = carry
+            row, turn, begin, length, low, num_queries, first_token = place
+            pair = pair_of(turn)
+            base, tiles = base_of(low), tiles_of(place)
+            end = piece_end(place, num_tiles - tiles_done)
+            _, first_query = _head_and_first_query(case, pair)
+            low_columns, high_columns = _limits_of_columns(
+                case, length - base, num_queries, first_query, window
+            )
+            low_any = low - base if case.windowed else None
+
+            plgpu.barrier_wait(q_full)  # this piece's queries are in q_raw
+            q_s.T[...] = plgpu.load(q_raw.T, layout=MATRIX_T, optimized=False)
+            plgpu.commit_smem()  # all threads' queries, before the matrix unit reads them
+            plgpu.barrier_arrive(q_free)  # q_raw may be overwritten
+
+            def tile(t, carry):
+                acc, m, l = carry
+                slot = lax.rem(tiles_done + (t - begin), stages)
+                plgpu.barrier_wait(k_full.at[slot])  # this tile's keys, and the note about its holes
+                holes = notes[NOTES + slot]
+                s = scores(slot) * scale
+                plgpu.barrier_arrive(k_free.at[slot])  # both may be overwritten
+                if case.soft_cap is not None:
+                    s = _soft_cap(s, case.soft_cap)
+                tokens = plgpu.broadcasted_iota(jnp.int32, (TILE, N), 0, layout=MATRIX)
+                visible = _visible(tokens, low_columns, high_columns, holes, t * TILE, copy_len)
+                # A select: keys that are not the row's may be NaN.
+                s = jnp.where(visible, s, jnp.full_like(s, -jnp.inf))
+
+                m_new = jnp.maximum(m, s.max(axis=0))
+                rescale = jnp.exp2(m - m_new)
+                p = jnp.exp2(s - _per_column(m_new, TILE))
+                l = l * _per_column(rescale, TILE) + p  # added up over the tokens once a piece
+                acc = acc * _per_column(rescale, DP)
+                p_s.T[...] = plgpu.layout_cast(p.astype(case.dtype), MATRIX_T)
+
+                plgpu.barrier_wait(v_full.at[slot])  # this tile's values
+                foreign = jnp.logical_or(length - base < (t + 1) * TILE, holes != 0)
+                if case.windowed:
+                    foreign = jnp.logical_or(foreign, low_any > t * TILE)
+                pl.when(foreign)(lambda: clean_values(slot, low_any, length - base, holes, t * TILE))
+                plgpu.commit_smem()  # all threads' p_s and values, before the matrix unit reads them
+                acc = acc + weighted_values(slot)
+                plgpu.barrier_arrive(v_free.at[slot])  # the values may be overwritten
+                return acc, m_new, l
+
+            acc, m, l = lax.fori_loop(begin, end, tile, start)
+            l = l.sum(axis=0)
+            where = row, pair, num_queries, first_token
+            finish = functools.partial(
+                _finish, case, where=where, sinks=refs.get("sinks"), outs=refs, o_s=o_s
+            )
+            whole = jnp.logical_and(begin == 0, end == tiles)
+            pl.when(whole)(lambda: finish(acc, m, l))
+
+            @pl.when(jnp.logical_not(whole))
+            def _():
+                if config.piece_len is None:
+                    at = jnp.where(begin == 0, config.num_programs + program, program)
+                    join = jnp.where(begin == 0, group + 1, range_line(JOIN)) * lanes + lane
+                    others = jnp.where(begin == 0, range_line(NEXT_PARTS), range_line(JOIN_PARTS))
+                else:
+                    join = row * case.pairs + pair
+                    at = join * case.max_pieces + lax.div(begin, _piece_tiles(config.piece_len, tiles))
+                    others = _num_pieces(config.piece_len, tiles) - 1
+                refs["partials"][at] = acc  # in the accumulator's own order: coalesced without shared memory
+                refs["stats"][at, 0] = m
+                refs["stats"][at, 1] = l
+                if config.fused_join:
+                    notes[0] = others
+                    num_joins = _num_joins(config, tables.shape[0], case.pairs)
+                    counter = lax.rem(layer, COUNTER_SETS) * num_joins + join
+                    line = case.num_ranges + tables.shape[0] + lax.div(counter, plan.shape[1])
+                    arrive(plan.at[line, lax.rem(counter, plan.shape[1])], notes)
+
+                    @pl.when(notes[1] == others)
+                    def _():
+                        finish(*_join(case, refs["partials"], refs["stats"], *_parts(case, join), others))
+
+            return tiles_done + (end - begin), move(place, end)
+
+        lax.fori_loop(0, num_pieces, piece, (0, first_place))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # shared memory must outlive the last copies
+
+
+def _join_body(refs: dict[str, Any], case: _Case, o_s: Any) -> None:
+    """One program of the second kernel: one join."""
+    plan, join = refs["plan"], lax.axis_index("program")
+    if case.config.piece_len is None:
+        group, lane = lax.div(join, case.config.lanes), lax.rem(join, case.config.lanes)
+        row, turn, queries, start = (plan[group, x] for x in (ROW, TURN, QUERIES, START))
+        pair, others = turn * case.config.lanes + lane, plan[group, PARTS]
+    else:
+        row, pair = lax.div(join, case.pairs), lax.rem(join, case.pairs)
+        length, low, queries, start = (
+            plan[case.num_ranges + row, x] for x in (ROW_LEN, ROW_LOW, ROW_QUERIES, ROW_START)
+        )
+        tiles = lax.div(length - (low - lax.rem(low, case.block_len)) + (TILE - 1), TILE)
+        others = _num_pieces(case.config.piece_len, tiles) - 1
+
+    @pl.when(others > 0)
+    def _():
+        total = _join(case, refs["partials"], refs["stats"], *_parts(case, join), others)
+        _finish(case, *total, (row, pair, queries, start), refs.get("sinks"), refs, o_s)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def check_supported(
+    *,
+    head_dim: int,
+    v_head_dim: int,
+    page_size: int,
+    max_query_len: int,
+    q_dtype: Any,
+    kv_dtype: Any,
+    limits: DeviceLimits | None = None,
+) -> None:
+    """Raises NotImplementedError, naming the reason, for a case that `decode` cannot do.
+
+    Args:
+      head_dim, v_head_dim: D of the keys and of the values.
+      page_size: S.
+      max_query_len: most query tokens of a row.
+      q_dtype, kv_dtype: of the queries and of the pages.
+      limits: the device's.
+    """
+    limits = device_limits() if limits is None else limits
+    q_dtype, kv_dtype = jnp.dtype(q_dtype), jnp.dtype(kv_dtype)
+
+    def refuse(reason: str) -> None:
+        raise NotImplementedError(f"decode_sm90: {reason}")
+
+    if limits.compute_capability[0] != 9:
+        major, minor = limits.compute_capability
+        refuse(f"needs a Hopper GPU (compute capability 9.0), this one has {major}.{minor}")
+    if kv_dtype not in (jnp.bfloat16, jnp.float16):
+        refuse(f"pages must be bfloat16 or float16, got {kv_dtype}")
+    if q_dtype != kv_dtype:
+        refuse(f"queries and pages must share a dtype, got {q_dtype} and {kv_dtype}")
+    if head_dim != v_head_dim:
+        refuse(f"keys and values must be of one width, got {head_dim} and {v_head_dim}")
+    if head_dim not in (64, 96, 128, 192, 256):
+        refuse(f"head_dim must be 64, 96, 128, 192 or 256, got {head_dim}")
+    if page_size % 8:
+        refuse(f"page_size must be a multiple of 8, got {page_size}")
+    if max_query_len < 1:
+        refuse(f"max_query_len must be at least 1, got {max_query_len}")
+
+
+def decode(
+    q: Float[Array, "T H D"],
+    k_pages: Float[Array, "L P K S D"],
+    v_pages: Float[Array, "L P K S D"],
+    layer: Int32[Array, ""] | int,
+    block_tables: Int32[Array, "B M"],
+    seq_lens: Int32[Array, "B"],
+    query_starts: Int32[Array, "B"],
+    query_lens: Int32[Array, "B"],
+    *,
+    max_query_len: int = 1,
+    sm_scale: Float[Array, ""] | float,
+    soft_cap: float | None = None,
+    sliding_window: Int32[Array, ""] | int | None = None,
+    sinks: Float[Array, "H"] | None = None,
+    causal: bool = True,
+    return_lse: bool = False,
+    plan: Plan | None = None,
+    config: Config | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "T H D"], Float[Array, "T H"] | None]:
+    """Attention of each row's few query tokens over the row's pages.
+
+    Semantics are those of `paxcache.ops.paged_attention`. Rows must lie in the packed tokens in order
+    (`query_starts` never decreases), and no row may have more than `max_query_len` query tokens.
+
+    Args:
+      q: [T, H, D] packed queries.
+      k_pages, v_pages: [L, P, K, S, D] the pools.
+      layer: index into L.
+      block_tables: i32[B, M]; a negative entry is a hole.
+      seq_lens: i32[B], with the new tokens.
+      query_starts, query_lens: i32[B] a row's first query token and its number of them.
+      max_query_len: most query tokens of a row.
+      sm_scale: multiplies the scores.
+      soft_cap: bounds the scores.
+      sliding_window: tokens a query sees, itself included.
+      sinks: [H] logits that join each softmax.
+      causal: whether a query does not see later tokens.
+      return_lse: whether to return the log-sum-exp of the scores too.
+      plan: from `decode_plan`, with the same lengths, window and configuration; None makes one.
+      config: the launch configuration; None takes the default one.
+      interpret: `_mosaic.interpreter()` runs the kernel on the CPU.
+
+    Returns:
+      out [T, H, D] with zeros for tokens that no row owns; lse f32[T, H] with -inf there, or None.
+
+    Raises:
+      NotImplementedError: the case is not supported.
+    """
+    (_, H, D), (_, _, K, S, _) = q.shape, k_pages.shape
+    check_supported(
+        head_dim=D,
+        v_head_dim=v_pages.shape[-1],
+        page_size=S,
+        max_query_len=max_query_len,
+        q_dtype=q.dtype,
+        kv_dtype=k_pages.dtype,
+    )
+    shapes: dict[str, Any] = {
+        "num_heads": H,
+        "num_kv_heads": K,
+        "head_dim": D,
+        "page_size": S,
+        "max_query_len": max_query_len,
+    }
+    if config is None:
+        config = default_config(**shapes, dtype=q.dtype)
+    if interpret is not None:
+        config = dataclasses.replace(config, fused_join=False)
+    if plan is None:
+        plan = decode_plan(
+            block_tables,
+            seq_lens,
+            query_starts,
+            query_lens,
+            **shapes,
+            sliding_window=sliding_window,
+            config=config,
+        )
+    group = _largest_group(H // K, D)
+    case = _Case(
+        head_groups=H // group,
+        groups_per_kv_head=H // K // group,
+        group=group,
+        head_dim=D,
+        page_size=S,
+        max_query_len=max_query_len,
+        max_pages=block_tables.shape[1],
+        dtype=jnp.dtype(q.dtype),
+        causal=causal,
+        windowed=sliding_window is not None,
+        soft_cap=soft_cap,
+        has_sinks=sinks is not None,
+        return_lse=return_lse,
+        config=config,
+    )
+    inputs = {
+        "layer": jnp.asarray(layer, jnp.int32).reshape(1),
+        "scale": jnp.asarray(sm_scale, jnp.float32).reshape(1),
+        "plan": plan.lines,
+        "tables": block_tables,
+        "q": q,
+        "k": k_pages,
+        "v": v_pages,
+    }
+    if sliding_window is not None:
+        inputs["window"] = jnp.asarray(sliding_window, jnp.int32).reshape(1)
+    if sinks is not None:
+        inputs["sinks"] = sinks
+    # A batched grid would share the counters of arrivals: under vmap the launches run one after another.
+    return sequential_vmap(functools.partial(_launch, case=case, interpret=interpret))(inputs)
+
+
+@functools.partial(jax.jit, static_argnames=("case", "interpret"))  # unrolled layers lower it once
+def _launch(inputs: dict[str, Any], case: _Case, interpret: Any) -> tuple[Any, Any]:
+    q, DP, N = inputs["q"], case.padded_dim, case.columns
+    T, H, D = q.shape
+    B = inputs["tables"].shape[0]
+    if DP > D:
+        inputs["q"] = jnp.pad(q, ((0, 0), (0, 0), (0, DP - D)))
+    if case.has_sinks:
+        by_head = inputs["sinks"].astype(jnp.float32).reshape(case.head_groups, case.group)
+        by_head = jnp.tile(by_head, (1, case.config.block_tokens))
+        inputs["sinks"] = jnp.pad(by_head, ((0, 0), (0, N - by_head.shape[1])))
+
+    programs = case.config.num_programs
+    num_partials = 2 * programs if case.config.piece_len is None else B * case.pairs * case.max_pieces
+    f32 = jnp.float32
+    outs = {
+        "out": (q.dtype, T, H, DP),
+        "partials": (f32, num_partials, DP, N),
+        "stats": (f32, num_partials, 2, N),
+    }
+    if case.return_lse:
+        outs["lse"] = (f32, B, case.pairs, N)
+    outs = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, *shape) in outs.items()}
+    in_names, out_names = tuple(inputs), tuple(outs)
+
+    def kernel(body, name, names, **arguments):
+        def with_names(*refs, **scratch):
+            body(dict(zip(names, refs, strict=True)), case, **scratch)
+
+        return plgpu.kernel(
+            with_names,
+            grid_names=("program",),
+            thread_name="thread",
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+            kernel_name=name,
+            interpret=interpret,
+            **arguments,
+        )
+
+    scratch = _scratch(
+        columns=N,
+        head_dim=D,
+        page_size=case.page_size,
+        block_tokens=case.config.block_tokens,
+        num_stages=case.config.num_stages,
+        dtype=case.dtype,
+    )
+    attend = kernel(
+        _attend_body,
+        "paxcache_decode",
+        in_names + out_names,
+        out_type=tuple(outs.values()),
+        grid=(programs,),
+        num_threads=2,
+        scratch_types=scratch,
+    )
+    results = dict(zip(out_names, attend(*inputs.values()), strict=True))
+    if not case.config.fused_join:
+        num_joins = programs if case.config.piece_len is None else B * case.pairs
+        given = {x: inputs[x] for x in ("plan", "sinks") if x in inputs}
+        given |= {x: results[x] for x in ("partials", "stats")}
+        written = {x: jax.new_ref(results[x]) for x in ("out", "lse") if x in results}
+        names = (*given, *written)
+        join = kernel(
+            _join_body,
+            "paxcache_decode_join",
+            names,
+            out_type=(),
+            grid=(num_joins,),
+            num_threads=1,
+            scratch_types={"o_s": scratch["o_s"]},
+        )
+        join(*given.values(), *written.values())
+        results |= {x: ref[...] for x, ref in written.items()}
+    lse = varying_like(_packed_lse(results["lse"], inputs, case, T), q) if case.return_lse else None
+    return varying_like(results["out"][..., :D], q), lse
+
+
+def _packed_lse(lse: Any, inputs: dict[str, Any], case: _Case, num_tokens: int) -> Any:
+    """From [B, pairs, columns] to [T, H]; -inf for tokens that no row owns."""
+    B, G, Q, groups = lse.shape[0], case.group, case.max_query_len, case.head_groups
+    lse = lse[:, :, : case.config.block_tokens * G].reshape(B, groups, -1, G)[:, :, :Q]
+    lse = jnp.moveaxis(lse, 1, 2).reshape(B, Q, groups * G)
+    query = jnp.arange(Q, dtype=jnp.int32)
+    rows = inputs["plan"][case.num_ranges : case.num_ranges + B]
+    token = rows[:, ROW_START, None] + query
+    token = jnp.where(query < rows[:, ROW_QUERIES, None], token, num_tokens)
+    return jnp.full((num_tokens, groups * G), -jnp.inf, jnp.float32).at[token].set(lse, mode="drop")

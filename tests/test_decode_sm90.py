@@ -1,0 +1,482 @@
+"""The Hopper decode kernel: interpreted on the CPU with the race detector, compiled for an H200, run on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+import aot
+from paxcache.kernels import _mosaic, decode_sm90
+
+LAYERS, LAYER = 2, 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Rows and a model shape. `holes` are (row, table column) pairs."""
+
+    lens: tuple[int, ...]
+    query_lens: tuple[int, ...] | None = None
+    max_query_len: int = 1
+    kv_heads: int = 2
+    group: int = 4
+    head_dim: int = 64
+    page_size: int = 16
+    dtype: Any = jnp.bfloat16
+    holes: tuple[tuple[int, int], ...] = ()
+    gaps: bool = False  # tokens that no row owns
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+    causal: bool = True
+    block_tokens: int | None = None
+    piece_len: int | None = None
+    lanes: int | None = None
+
+
+CASES = {
+    "one row": Case(lens=(300,), head_dim=128, kv_heads=1),
+    "ragged, idle rows, gaps": Case(lens=(0, 1, 16, 17, 100, 0, 133), gaps=True),
+    "several queries a row": Case(
+        lens=(150, 90, 0, 64), query_lens=(3, 2, 0, 1), max_query_len=4, group=3, page_size=8, gaps=True
+    ),
+    "not causal": Case(lens=(150, 64), query_lens=(3, 4), max_query_len=4, page_size=32, causal=False),
+    "window and holes": Case(lens=(300, 190, 5, 64), window=40, holes=((0, 2), (0, 17), (1, 11))),
+    "window, query blocks, large pages, sinks": Case(
+        lens=(200, 130, 5, 70),
+        query_lens=(4, 1, 2, 4),
+        max_query_len=4,
+        block_tokens=2,
+        window=40,
+        page_size=128,
+        sinks=True,
+        group=5,
+    ),
+    "head dim 96, holes, one row all hole": Case(
+        lens=(150, 70, 16), holes=((0, 0), (0, 5), (2, 0)), head_dim=96, group=7
+    ),
+    "float16, pages of 48": Case(lens=(200, 90), dtype=jnp.float16, page_size=48, group=1),
+    "soft cap and sinks": Case(lens=(200, 2), soft_cap=2.0, sinks=True),
+    "fixed pieces": Case(lens=(200, 90, 0, 300), piece_len=128),
+    "fixed pieces, window, queries": Case(
+        lens=(200, 90, 0, 300), query_lens=(1, 2, 0, 2), max_query_len=2, piece_len=64, window=210
+    ),
+    "lanes that take turns": Case(lens=(200, 90), kv_heads=4, lanes=2),
+    "more heads than registers": Case(lens=(70, 3), head_dim=128, kv_heads=1, group=64, sinks=True),
+}
+
+
+def make_inputs(case: Case, seed: int) -> dict[str, Any]:
+    """Shuffled pages; slots that no row owns, other layers and recycled pages hold NaN."""
+    rng = np.random.default_rng(seed)
+    query_lens = case.query_lens or tuple(int(n > 0) for n in case.lens)
+    asked = np.array([n + case.gaps for n in query_lens])
+    starts = np.cumsum(asked) - asked + case.gaps
+    num_pages = [-(-n // case.page_size) for n in case.lens]
+    shuffled = rng.permutation(sum(num_pages) + 3)
+    tables = np.full((len(case.lens), max(num_pages) + 1), -1, np.int32)
+    owned = np.zeros((len(shuffled), case.page_size), bool)
+    for row, (length, count) in enumerate(zip(case.lens, num_pages, strict=True)):
+        tables[row, :count], shuffled = shuffled[:count], shuffled[count:]
+        slots = np.arange(length)
+        owned[tables[row, slots // case.page_size], slots % case.page_size] = True
+    for row, column in case.holes:
+        owned[tables[row, column]] = False
+        tables[row, column] = -1
+
+    def pool():
+        x = rng.standard_normal((LAYERS, owned.shape[0], case.kv_heads, case.page_size, case.head_dim))
+        x[:, ~owned.any(axis=1)] = np.nan
+        x = np.where(owned[None, :, None, :, None], x, np.nan)
+        x[:LAYER] = np.nan
+        return jnp.asarray(x).astype(case.dtype)
+
+    num_heads = case.kv_heads * case.group
+    num_tokens = int(starts[-1] + asked[-1] + 2 * case.gaps)
+    return {
+        "q": jnp.asarray(rng.standard_normal((num_tokens, num_heads, case.head_dim))).astype(case.dtype),
+        "k_pages": pool(),
+        "v_pages": pool(),
+        "layer": jnp.int32(LAYER),
+        "block_tables": jnp.asarray(tables),
+        "seq_lens": jnp.asarray(case.lens, jnp.int32),
+        "query_starts": jnp.asarray(starts, jnp.int32),
+        "query_lens": jnp.asarray(query_lens, jnp.int32),
+        "sinks": jnp.asarray(rng.standard_normal(num_heads), jnp.float32) if case.sinks else None,
+    }
+
+
+def oracle(case: Case, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Attention in float32, one query head at a time."""
+    q, k, v = (np.asarray(inputs[x], np.float32) for x in ("q", "k_pages", "v_pages"))
+    k, v = k[LAYER], v[LAYER]
+    tables, starts, query_lens = (
+        np.asarray(inputs[x]) for x in ("block_tables", "query_starts", "query_lens")
+    )
+    out, lse = np.zeros_like(q), np.full(q.shape[:2], -np.inf, np.float32)
+    for row, length in enumerate(case.lens):
+        key = np.arange(length)
+        page, offset = tables[row, key // case.page_size], key % case.page_size
+        for i, head in itertools.product(range(query_lens[row]), range(q.shape[1])):
+            position = length - query_lens[row] + i
+            seen = page >= 0
+            if case.causal:
+                seen = seen & (key <= position)
+            if case.window is not None:
+                seen = seen & (key > position - case.window)
+            at = page[seen], head // case.group, offset[seen]
+            scores = k[at] @ q[starts[row] + i, head] * case.head_dim**-0.5
+            if case.soft_cap is not None:
+                scores = case.soft_cap * np.tanh(scores / case.soft_cap)
+            if case.sinks:
+                scores = np.append(scores, np.asarray(inputs["sinks"])[head])
+            if scores.size:
+                total = np.logaddexp.reduce(scores)
+                lse[starts[row] + i, head] = total
+                out[starts[row] + i, head] = np.exp(scores[: seen.sum()] - total) @ v[at]
+    return out, lse
+
+
+def make_config(case: Case, ranges: int | None = None) -> decode_sm90.Config:
+    """The configuration for an H200, or one of a few ranges that the interpreter gets through."""
+    made = decode_sm90.default_config(
+        **shapes(case), dtype=case.dtype, limits=_mosaic.DeviceLimits(), piece_len=case.piece_len
+    )
+    if case.block_tokens is not None:
+        blocks = -(-case.max_query_len // case.block_tokens)
+        made = dataclasses.replace(made, block_tokens=case.block_tokens, lanes=case.kv_heads * blocks)
+    if case.lanes is not None:
+        made = dataclasses.replace(made, lanes=case.lanes)
+    if ranges is not None:
+        programs = ranges * made.lanes
+        made = dataclasses.replace(made, num_programs=programs, min_programs=programs)
+    else:
+        programs, fewest = (n // made.lanes * made.lanes for n in (made.num_programs, made.min_programs))
+        made = dataclasses.replace(made, num_programs=programs, min_programs=fewest)
+    return made
+
+
+def shapes(case: Case) -> dict[str, int]:
+    return {
+        "num_heads": case.kv_heads * case.group,
+        "num_kv_heads": case.kv_heads,
+        "head_dim": case.head_dim,
+        "page_size": case.page_size,
+        "max_query_len": case.max_query_len,
+    }
+
+
+def run(case: Case, inputs: dict[str, Any], **options: Any) -> tuple[jax.Array, jax.Array]:
+    f = functools.partial(
+        decode_sm90.decode,
+        max_query_len=case.max_query_len,
+        sm_scale=case.head_dim**-0.5,
+        soft_cap=case.soft_cap,
+        sliding_window=case.window,
+        causal=case.causal,
+        return_lse=True,
+        **options,
+    )
+    return jax.jit(f)(**inputs)
+
+
+def assert_right(case: Case, inputs: dict[str, Any], out: jax.Array, lse: jax.Array) -> None:
+    expected, expected_lse = oracle(case, inputs)
+    error = np.linalg.norm(np.asarray(out, np.float32) - expected) / np.linalg.norm(expected)
+    assert error < (1e-3 if case.dtype == jnp.float16 else 5e-3)  # NaN fails too
+    assert not np.asarray(out, np.float32)[expected_lse == -np.inf].any()
+    np.testing.assert_allclose(np.asarray(lse), expected_lse, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_without_races(name):
+    case = CASES[name]
+    inputs = make_inputs(case, seed=len(name))
+    config = dataclasses.replace(make_config(case, ranges=3), num_stages=2)
+    out, lse = run(case, inputs, config=config, interpret=_mosaic.interpreter(detect_races=True))
+    assert_right(case, inputs, out, lse)
+    assert not interpret_pallas_call.get_races().races_found
+
+
+def test_interpreted_under_vmap():
+    case = Case(lens=(70, 3), kv_heads=1)
+    inputs = make_inputs(case, seed=0)
+    config = make_config(case, ranges=2)
+
+    def f(q, seq_lens):
+        changed = inputs | {"q": q, "seq_lens": seq_lens}
+        return decode_sm90.decode(**changed, sm_scale=0.125, config=config, interpret=_mosaic.interpreter())[
+            0
+        ]
+
+    qs = jnp.stack([inputs["q"], 2 * inputs["q"]])
+    lens = jnp.stack([inputs["seq_lens"], inputs["seq_lens"] - 2])
+    expected = [f(q, n) for q, n in zip(qs, lens, strict=True)]
+    np.testing.assert_array_equal(jax.vmap(f)(qs, lens), jnp.stack(expected))
+
+
+def test_fixed_pieces_do_not_depend_on_the_batch():
+    case = Case(lens=(130, 300, 5), kv_heads=1, piece_len=64)
+    inputs = make_inputs(case, seed=1)
+    whole, _ = run(case, inputs, config=make_config(case, ranges=3), interpret=_mosaic.interpreter())
+    one = {x: inputs[x][1:2] for x in ("block_tables", "seq_lens", "query_lens")}
+    one |= {"query_starts": jnp.zeros(1, jnp.int32), "q": inputs["q"][1:2]}
+    alone, _ = run(case, inputs | one, config=make_config(case, ranges=4), interpret=_mosaic.interpreter())
+    np.testing.assert_array_equal(np.asarray(whole[1:2]), np.asarray(alone))
+
+
+def test_traced_window_is_the_static_one():
+    case = Case(lens=(100,), kv_heads=1, window=30)
+    inputs = make_inputs(case, seed=2)
+    options = {"config": make_config(case, ranges=2), "interpret": _mosaic.interpreter(), "sm_scale": 0.125}
+    static, _ = decode_sm90.decode(**inputs, sliding_window=30, **options)
+    traced = jax.jit(lambda w: decode_sm90.decode(**inputs, sliding_window=w, **options)[0])(jnp.int32(30))
+    np.testing.assert_array_equal(np.asarray(static), np.asarray(traced))
+
+
+def walk(plan: decode_sm90.Plan, config: decode_sm90.Config, case: Case, turns: int) -> list[list[tuple]]:
+    """The (row, turn, tile) that each range visits, following the plan as the kernel does."""
+    d = decode_sm90
+    lines = np.asarray(plan.lines)
+    ranges, rows = lines[: config.num_programs // config.lanes], lines[config.num_programs // config.lanes :]
+    visited = []
+    for line in ranges:
+        row, turn, tile, length, low = (int(line[x]) for x in (d.ROW, d.TURN, d.FIRST, d.LEN, d.LOW))
+        steps = []
+        for _ in range(line[d.TILES]):
+            steps.append((row, turn, tile))
+            base = low // case.page_size * case.page_size
+            tile += 1
+            if tile * d.TILE >= length - base:
+                turn, tile = turn + 1, 0
+                if turn == turns:
+                    turn = 0
+                    length, low, row = (int(rows[row][x]) for x in (d.NEXT_LEN, d.NEXT_LOW, d.NEXT))
+        visited.append(steps)
+    return visited
+
+
+@pytest.mark.parametrize("piece_len", [None, 128])
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("seed", range(8))
+def test_plan_visits_every_tile_once(piece_len, window, seed):
+    d = decode_sm90
+    rng = np.random.default_rng(seed)
+    lens = tuple(int(x) for x in rng.choice([0, 1, 16, 64, 70, 500, 3000], 6))
+    case = Case(lens=lens, kv_heads=4, window=window, piece_len=piece_len)
+    turns, ranges = int(rng.integers(1, 3)), int(rng.choice([4, 17, 66]))
+    config = dataclasses.replace(
+        make_config(case),
+        lanes=4 // turns,
+        num_programs=4 // turns * ranges,
+        min_programs=4 // turns * max(1, ranges // 2),
+    )
+    tables = jnp.asarray(rng.integers(0, 99, (6, 200)), jnp.int32)
+    ones = jnp.ones(6, jnp.int32)
+    plan = d.decode_plan(
+        tables,
+        jnp.asarray(lens, jnp.int32),
+        jnp.arange(6, dtype=jnp.int32),
+        ones,
+        **shapes(case),
+        sliding_window=window,
+        config=config,
+    )
+    lines = np.asarray(plan.lines)
+    visited = walk(plan, config, case, turns)
+    firsts = [0 if window is None else max(n - window, 0) // 16 * 16 for n in lens]
+    num_tiles = [-(-(n - first) // d.TILE) for n, first in zip(lens, firsts, strict=True)]
+    everything = [(b, h, t) for b, n in enumerate(num_tiles) for h in range(turns) for t in range(n)]
+    assert list(itertools.chain(*visited)) == everything
+    sizes = [len(x) for x in visited if x]
+    pieces = {}
+    for g, steps in enumerate(visited):
+        size = [max(piece_len // d.TILE, -(-n // d.MAX_PIECES)) if piece_len else 10**9 for n in num_tiles]
+        mine = list(dict.fromkeys((b, h, t // size[b]) for b, h, t in steps))
+        assert lines[g, d.PIECES] == len(mine)
+        for b, h, t in mine:
+            pieces.setdefault((b, h), []).append((g, t))
+        if steps:
+            b, _, t = steps[0]
+            columns = np.minimum(firsts[b] + t * d.TILE + np.arange(0, d.TILE, 16), lens[b] - 1) // 16
+            np.testing.assert_array_equal(lines[g, d.PAGES : d.PAGES + 4], np.asarray(tables)[b, columns])
+    if piece_len is None:
+        assert max(sizes, default=0) - min(sizes, default=0) <= 1
+        for parts in pieces.values():
+            first, *others = (g for g, _ in parts)
+            if others:
+                assert lines[first, d.NEXT_PARTS] == lines[others[0], d.PARTS] == len(others)
+                assert all(lines[g, d.JOIN] == others[0] for g in others)
+                assert all(lines[g, d.JOIN_PARTS] == len(others) for g in others)
+    else:  # a piece lies in one range
+        assert all(len({t for _, t in parts}) == len(parts) for parts in pieces.values())
+    rows = lines[ranges : ranges + 6]
+    np.testing.assert_array_equal(rows[:, d.ROW_QUERIES], (np.array(lens) > 0).astype(int))
+    assert not lines[ranges + 6 :].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"kv_dtype": jnp.float32, "q_dtype": jnp.float32}, "bfloat16 or float16"),
+        ({"q_dtype": jnp.float16}, "share a dtype"),
+        ({"v_head_dim": 64}, "one width"),
+        ({"head_dim": 80, "v_head_dim": 80}, "head_dim"),
+        ({"page_size": 12}, "page_size"),
+        ({"max_query_len": 0}, "max_query_len"),
+        ({"limits": _mosaic.DeviceLimits(compute_capability=(8, 0))}, "Hopper"),
+    ],
+)
+def test_unsupported_cases_say_why(change, reason):
+    supported = {
+        "head_dim": 128,
+        "v_head_dim": 128,
+        "page_size": 16,
+        "max_query_len": 1,
+        "q_dtype": jnp.bfloat16,
+        "kv_dtype": jnp.bfloat16,
+    }
+    decode_sm90.check_supported(**supported)
+    with pytest.raises(NotImplementedError, match=reason):
+        decode_sm90.check_supported(**supported | change)
+
+
+# Every value of every feature, and most pairs of them; `all_features` is the full product.
+FEATURES = [
+    Case(lens=(), kv_heads=8, head_dim=128),
+    Case(lens=(), kv_heads=2, head_dim=64, group=8, max_query_len=2, window=100, soft_cap=30.0, sinks=True),
+    Case(lens=(), kv_heads=8, head_dim=96, group=5, page_size=64, dtype=jnp.float16, window=100, sinks=True),
+    Case(lens=(), kv_heads=4, head_dim=256, group=7, page_size=8, max_query_len=4, piece_len=512),
+    Case(lens=(), kv_heads=1, head_dim=128, group=16, page_size=128, soft_cap=30.0, sinks=True, window=100),
+    Case(lens=(), kv_heads=8, head_dim=128, page_size=32, max_query_len=8, piece_len=512, window=100),
+    Case(lens=(), kv_heads=3, head_dim=64, group=1, page_size=48, max_query_len=8, causal=False),
+]
+
+
+def all_features() -> list[Case]:
+    """Too many to compile at every change: ``python tests/test_decode_sm90.py`` does."""
+    return [
+        Case(
+            lens=(), kv_heads=8, head_dim=head_dim, group=group, page_size=page_size, dtype=dtype,
+            max_query_len=queries, window=window, soft_cap=soft_cap, sinks=window is not None, piece_len=piece_len,
+        )
+        for head_dim in (64, 96, 128, 192, 256)
+        for dtype in (jnp.bfloat16, jnp.float16)
+        for group in (1, 4, 5, 7, 8, 16)
+        for queries in (1, 2, 4, 8)
+        for page_size, window, soft_cap, piece_len in (
+            (16, None, None, None), (128, 100, None, 512), (8, None, 30.0, None), (48, 100, 30.0, None),
+        )
+    ]  # fmt: skip
+
+
+def compile_case(case: Case, return_lse: bool = True) -> aot.Compiled:
+    B, M, P = 16, 64, 1000
+    config = make_config(case)
+    i32, f32 = jnp.int32, jnp.float32
+    row = jax.ShapeDtypeStruct((B,), i32)
+    H = case.kv_heads * case.group
+    q = jax.ShapeDtypeStruct((B * case.max_query_len, H, case.head_dim), case.dtype)
+    pool = jax.ShapeDtypeStruct((LAYERS, P, case.kv_heads, case.page_size, case.head_dim), case.dtype)
+    tables, scalar = jax.ShapeDtypeStruct((B, M), i32), jax.ShapeDtypeStruct((), i32)
+
+    def f(q, k, v, layer, tables, lens, starts, query_lens, scale, window, sinks):
+        return decode_sm90.decode(
+            q, k, v, layer, tables, lens, starts, query_lens,
+            max_query_len=case.max_query_len, sm_scale=scale, soft_cap=case.soft_cap,
+            sliding_window=None if case.window is None else window, sinks=sinks if case.sinks else None,
+            causal=case.causal, return_lse=return_lse, config=config,
+        )  # fmt: skip
+
+    sinks, scale = jax.ShapeDtypeStruct((H,), f32), jax.ShapeDtypeStruct((), f32)
+    return aot.compile_for_h200(f, q, pool, pool, scalar, tables, row, row, row, scale, scalar, sinks)
+
+
+def assert_fits(case: Case, compiled: aot.Compiled) -> None:
+    (kernel,) = compiled.kernels
+    assert kernel.spill_bytes == 0
+    programs_per_sm = -(-make_config(case).num_programs // 132)
+    assert kernel.registers * 256 * programs_per_sm <= 65536, kernel
+    P, K, S, D = 1000, case.kv_heads, case.page_size, case.head_dim
+    assert not re.search(rf"= \S*\[{LAYERS},{P},{K},{S},{D}\]\S* copy\(", compiled.hlo)
+
+
+needs_compiler = pytest.mark.skipif(not aot.available(), reason="JAX's CUDA plug-in is not installed")
+
+
+@needs_compiler
+@pytest.mark.parametrize("number", range(len(FEATURES)))
+def test_compiles_without_spills(number):
+    assert_fits(FEATURES[number], compile_case(FEATURES[number]))
+
+
+@needs_compiler
+def test_layers_share_one_compilation():
+    case = FEATURES[0]
+    row = jax.ShapeDtypeStruct((16,), jnp.int32)
+    q = jax.ShapeDtypeStruct((16, 32, 128), case.dtype)
+    pool = jax.ShapeDtypeStruct((8, 1000, 8, 16, 128), case.dtype)
+
+    def model(q, k, v, tables, lens, starts, query_lens):
+        config = make_config(case)
+        plan = decode_sm90.decode_plan(tables, lens, starts, query_lens, **shapes(case), config=config)
+        rows = tables, lens, starts, query_lens
+
+        def attend(q, layer):
+            return decode_sm90.decode(q, k, v, layer, *rows, sm_scale=0.1, plan=plan, config=config)[0], None
+
+        return jax.lax.scan(attend, q, jnp.arange(8))[0]
+
+    compiled = aot.compile_for_h200(
+        model, q, pool, pool, jax.ShapeDtypeStruct((16, 64), jnp.int32), row, row, row
+    )
+    assert len(compiled.kernels) == 1
+    assert not re.search(r"= \S*\[8,1000,8,16,128\]\S* copy\(", compiled.hlo)
+
+
+def lengthened(case: Case) -> Case:
+    """Long enough that all of a GPU's programs have work."""
+    return dataclasses.replace(case, lens=tuple(23 * n for n in case.lens))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("lengthen", [False, True])
+def test_on_gpu(name, lengthen):
+    case = lengthened(CASES[name]) if lengthen else CASES[name]
+    inputs = make_inputs(case, seed=int(np.random.default_rng().integers(1 << 30)))
+    config = make_config(case)
+    runs = []
+    for _ in range(5):
+        jnp.full((1 << 24,), jnp.nan).block_until_ready()  # what the outputs' memory holds before
+        runs.append(run(case, inputs, config=config))
+    assert_right(case, inputs, *runs[0])
+    for other in runs[1:]:
+        for x, y in zip(runs[0], other, strict=True):
+            np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.mark.gpu
+def test_fixed_pieces_do_not_depend_on_the_batch_on_gpu():
+    case = Case(lens=(3000, 190, 0, 7000), kv_heads=8, head_dim=128, piece_len=512)
+    inputs = make_inputs(case, seed=3)
+    whole, _ = run(case, inputs, config=make_config(case))
+    one = {x: inputs[x][3:4] for x in ("block_tables", "seq_lens", "query_lens")}
+    one |= {"query_starts": jnp.zeros(1, jnp.int32), "q": inputs["q"][2:3]}
+    alone, _ = run(case, inputs | one, config=make_config(case))
+    np.testing.assert_array_equal(np.asarray(whole[2:3]), np.asarray(alone))
+
+
+if __name__ == "__main__":
+    for feature in all_features():
+        assert_fits(feature, compile_case(feature))
+        print("ok", feature, flush=True)
