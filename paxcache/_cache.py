@@ -185,11 +185,15 @@ def _extend(
                 tables,
                 seq_lens,
                 num_kv_heads=group.pages.k.shape[2],
+                head_dim=group.pages.k.shape[-1],
                 page_size=S,
+                dtype=group.pages.k.dtype,
+                query_starts=request.query_starts,
                 query_lens=lens,
                 num_tokens=total,
                 max_query_len=most,
                 sliding_window=group.sliding_window,
+                implementation=implementation,
             )
         )
     step = Step(

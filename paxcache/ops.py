@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paxcache import _checks
+from paxcache._allocator import running_sum
 from paxcache.kernels import xla
 
 if TYPE_CHECKING:
@@ -43,12 +44,12 @@ def _require_hopper() -> None:
         )
 
 
-def _mosaic(module: str, function: str, *args: Any) -> Callable[[], Any]:
+def _mosaic(module: str, function: str, *args: Any, **options: Any) -> Callable[[], Any]:
     """A call of a Hopper kernel; its module is imported only where such a GPU is."""
 
     def run():
         _require_hopper()
-        return getattr(importlib.import_module(f"paxcache.kernels.{module}"), function)(*args)
+        return getattr(importlib.import_module(f"paxcache.kernels.{module}"), function)(*args, **options)
 
     return run
 
@@ -122,9 +123,13 @@ def _check_pools(k_pages: Any, v_pages: Any) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the attention kernels of a step divide their work. Opaque: made by `plan`, read by `paged_attention`."""
+    """How the attention kernels of a step divide their work. Opaque: made by `plan`, read by `paged_attention`.
 
-    xla: xla.Plan
+    Holds what one backend needs; another one makes its own.
+    """
+
+    xla: xla.Plan | None = None
+    mosaic_gpu: Any = None
 
 
 def plan(
@@ -133,42 +138,60 @@ def plan(
     *,
     num_heads: int | None = None,
     num_kv_heads: int,
+    head_dim: int = 128,
     page_size: int,
+    dtype: Any = jnp.bfloat16,
+    query_starts: Int32[Array, "B"] | None = None,
     query_lens: Int32[Array, "B"] | None = None,
     num_tokens: int | None = None,
     max_query_len: int | None = None,
     sliding_window: Int32[Array, ""] | int | None = None,
     causal: bool = True,
+    implementation: Implementation = None,
 ) -> Plan:
     """Divides the attention of one step, on the device and without a host read.
 
-    A plan is good for every layer with the same lengths, window and KV heads, until the lengths change.
+    A plan is good for every layer with the same lengths, window, shapes and dtype, until the lengths change. Attention
+    that gets a plan for other shapes makes its own: the result is the same, and the time is lost.
 
     Args:
       block_tables: i32[B, M].
       seq_lens: i32[B], with the new tokens.
-      num_heads: query heads, H; where it is not known, KV heads stand for it.
+      num_heads: query heads, H; None: not known.
       num_kv_heads: KV heads, K (local ones under shard_map).
+      head_dim: head dim, D.
       page_size: slots in a page, S.
+      dtype: of queries and pages.
+      query_starts: i32[B] index of a row's first query; None: rows are packed.
       query_lens: i32[B] new tokens of each row; None: one a row.
       num_tokens: query tokens of the step, T; needed with query_lens.
       max_query_len: most new tokens that a row can have; None: num_tokens.
       sliding_window: tokens a query sees, itself included.
-      causal: whether a query sees later tokens of its own row.
+      causal: whether a query does not see later tokens of its own row.
+      implementation: see the module's text.
 
     Returns:
       The plan.
+
+    Raises:
+      ValueError, TypeError: an argument's shape or dtype does not fit the others'.
+      NotImplementedError: the named backend cannot do this.
 
     Reference: the split of work by tokens instead of sequences follows FlashInfer's scheduler (Ye et al., 2025).
     """
     tables = _checks.int_array("block_tables", block_tables, "B M")
     B, M = tables.shape
     seq_lens = _checks.int_array("seq_lens", seq_lens, "B", B=B)
-    del num_heads, num_kv_heads  # what the kernels for GPUs need
     if query_lens is None:
-        query_lens, num_tokens, max_query_len = (seq_lens > 0).astype(jnp.int32), B, 1
+        if query_starts is not None:
+            raise ValueError("query_starts: give query_lens too")
+        query_starts, query_lens = jnp.arange(B, dtype=jnp.int32), (seq_lens > 0).astype(jnp.int32)
+        num_tokens, max_query_len = B, 1
     else:
         query_lens = _checks.int_array("query_lens", query_lens, "B", B=B)
+        if query_starts is None:
+            query_starts = running_sum(query_lens) - query_lens
+        query_starts = _checks.int_array("query_starts", query_starts, "B", B=B)
         if num_tokens is None:
             raise ValueError("plan: num_tokens is needed with query_lens")
     num_tokens = _checks.static_int("num_tokens", num_tokens, minimum=1)
@@ -176,20 +199,29 @@ def plan(
         max_query_len = num_tokens
     if sliding_window is not None:
         sliding_window = _checks.window("sliding_window", sliding_window)
-    return _make_plan(
-        seq_lens,
-        query_lens,
-        num_tokens=num_tokens,
-        max_query_len=_checks.static_int("max_query_len", max_query_len, minimum=1),
-        page_size=_checks.static_int("page_size", page_size, minimum=1),
-        max_pages=M,
-        sliding_window=sliding_window,
-        causal=causal,
+    if num_heads is not None:
+        num_heads = _checks.static_int("num_heads", num_heads, minimum=1)
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads: expected a multiple of the {num_kv_heads} KV heads, got {num_heads}"
+            )
+    rows = seq_lens, query_starts, query_lens
+    shapes = {
+        "num_tokens": num_tokens,
+        "max_query_len": _checks.static_int("max_query_len", max_query_len, minimum=1),
+        "page_size": _checks.static_int("page_size", page_size, minimum=1),
+        "sliding_window": sliding_window,
+        "causal": causal,
+    }
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": dtype}
+    return _dispatch(
+        "plan",
+        implementation,
+        mosaic_gpu=lambda: Plan(
+            mosaic_gpu=_mosaic("attention_sm90", "make_plan", tables, *rows, **shapes, **heads)()
+        ),
+        xla=lambda: Plan(xla=xla.make_plan(seq_lens, query_lens, max_pages=M, **shapes)),
     )
-
-
-def _make_plan(seq_lens: jax.Array, query_lens: jax.Array, **shapes: Any) -> Plan:
-    return Plan(xla.make_plan(seq_lens, query_lens, **shapes))
 
 
 def paged_attention(
@@ -226,7 +258,8 @@ def paged_attention(
       block_tables: i32[B, M] page ids; a negative entry maps nothing.
       seq_lens: i32[B] lengths with the new tokens.
       cu_query_lens: i32[B + 1] running sum of new tokens, or else both of
-      query_starts, query_lens: i32[B] index of a row's first query, and its number of queries.
+      query_starts, query_lens: i32[B] index of a row's first query, and its number of queries. Rows stand in order:
+        a row's queries come before those of the next.
       max_query_len: most queries that a row can have (static); None: T.
       layer: index into the leading axis, may be traced.
       sm_scale: multiplies the scores; None: D ** -0.5.
@@ -295,10 +328,19 @@ def paged_attention(
         "paged_attention", (q, k_pages, v_pages, sinks, sm_scale, soft_cap)
     )
 
+    arrays = q, k_pages, v_pages, tables, seq_lens, starts, lens, layer
+    options = {
+        "sm_scale": sm_scale,
+        "soft_cap": soft_cap,
+        "sliding_window": sliding_window,
+        "sinks": sinks,
+        "causal": causal,
+    }
+
     def run_xla():
-        work = plan
+        work = None if plan is None else plan.xla
         if work is None:
-            work = _make_plan(
+            work = xla.make_plan(
                 seq_lens,
                 lens,
                 num_tokens=T,
@@ -308,24 +350,15 @@ def paged_attention(
                 sliding_window=sliding_window,
                 causal=causal,
             )
-        return xla.paged_attention(
-            q,
-            k_pages,
-            v_pages,
-            tables,
-            seq_lens,
-            starts,
-            lens,
-            layer,
-            sm_scale=sm_scale,
-            soft_cap=soft_cap,
-            sliding_window=sliding_window,
-            sinks=sinks,
-            causal=causal,
-            plan=work.xla,
-        )
+        return xla.paged_attention(*arrays, plan=work, **options)
 
-    out, lse = _dispatch("paged_attention", implementation, xla=run_xla)
+    more = {
+        "max_query_len": max_query_len,
+        "return_lse": return_lse,
+        "plan": None if plan is None else plan.mosaic_gpu,
+    }
+    run_mosaic = _mosaic("attention_sm90", "paged_attention", *arrays, **options, **more)
+    out, lse = _dispatch("paged_attention", implementation, mosaic_gpu=run_mosaic, xla=run_xla)
     return (out, lse) if return_lse else out
 
 

@@ -165,6 +165,18 @@ class _Case:
         return min(MAX_PIECES, pl.cdiv(self.max_pages * self.page_size, self.config.piece_len))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What the form of a plan depends on; `plan_shape` makes one."""
+
+    num_rows: int
+    pairs: int
+    page_size: int
+    max_query_len: int
+    windowed: bool
+    config: Config
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -176,6 +188,7 @@ class Plan:
     """
 
     lines: Int32[Array, "lines columns"]
+    made_for: Shape = dataclasses.field(metadata={"static": True})
 
 
 def _padded_dim(head_dim: int) -> int:
@@ -228,13 +241,16 @@ def default_config(
         return pairs % lanes == 0 and all(32 * (n % lanes) <= n for n in (programs, limits.num_sms))
 
     lanes = max(filter(divides, range(1, MAX_LANES + 1)))
+    join_chunk = max(1, MAX_ACCUMULATOR // accumulator)
+    if share and (columns > 8 or join_chunk < 4):
+        join_chunk = 1
     return Config(
         num_programs=programs // lanes * lanes,
         min_programs=limits.num_sms // lanes * lanes,
         lanes=lanes,
         num_stages=max(1, min(wanted, (room - rest) // stage)),
         block_tokens=block_tokens,
-        join_chunk=(4 if columns == 8 else 1) if share else max(1, MAX_ACCUMULATOR // accumulator),
+        join_chunk=min(4, join_chunk),
         piece_len=piece_len,
     )
 
@@ -300,7 +316,7 @@ def decode_plan(
       seq_lens: i32[B], with the new tokens.
       query_starts, query_lens: i32[B] a row's first query token and its number of them.
       num_heads, num_kv_heads, head_dim, page_size: H, K, D, S.
-      max_query_len: most query tokens of a row.
+      max_query_len: most query tokens of a row that is served; rows with more are left alone.
       sliding_window: tokens a query sees, itself included; pages left of it are not read.
       config: the launch configuration.
 
@@ -312,9 +328,8 @@ def decode_plan(
     head_groups = num_heads // _largest_group(num_heads // num_kv_heads, head_dim)
     turns = head_groups * -(-max_query_len // config.block_tokens) // config.lanes
     block_len = math.gcd(page_size, TILE)
-    live = (seq_lens > 0) & (query_lens > 0)
-    lens = jnp.where(live, seq_lens, 0).astype(i32)
-    queries = jnp.where(live, query_lens, 0).astype(i32)
+    queries = jnp.where((seq_lens > 0) & (query_lens > 0), query_lens, 0).astype(i32)
+    lens = jnp.where((queries > 0) & (queries <= max_query_len), seq_lens, 0).astype(i32)
     low = jnp.zeros_like(lens)
     if sliding_window is not None:
         low = jnp.maximum(lens - queries - sliding_window + 1, 0)
@@ -384,7 +399,40 @@ def decode_plan(
     counters = jnp.broadcast_to(
         jnp.minimum(total, 0), (pl.cdiv(COUNTER_SETS * num_joins, line_len), line_len)
     )
-    return Plan(jnp.concatenate([by_range, by_row, counters]))
+    shape = plan_shape(
+        num_rows=B,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        max_query_len=max_query_len,
+        windowed=sliding_window is not None,
+        config=config,
+    )
+    return Plan(jnp.concatenate([by_range, by_row, counters]), shape)
+
+
+def plan_shape(
+    *,
+    num_rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    max_query_len: int,
+    windowed: bool,
+    config: Config,
+) -> Shape:
+    """The form of the plan that `decode_plan` makes; a plan of another form is of no use to `decode`."""
+    head_groups = num_heads // _largest_group(num_heads // num_kv_heads, head_dim)
+    return Shape(
+        num_rows=num_rows,
+        pairs=head_groups * -(-max_query_len // config.block_tokens),
+        page_size=page_size,
+        max_query_len=max_query_len,
+        windowed=windowed,
+        config=config,
+    )
 
 
 def _num_joins(config: Config, num_rows: int, pairs: int) -> int:
@@ -935,7 +983,8 @@ def decode(
     """Attention of each row's few query tokens over the row's pages.
 
     Semantics are those of `paxcache.ops.paged_attention`. Rows must lie in the packed tokens in order
-    (`query_starts` never decreases), and no row may have more than `max_query_len` query tokens.
+    (`query_starts` never decreases). The tokens of rows with more than `max_query_len` of them are left unwritten, for
+    another kernel to fill.
 
     Args:
       q: [T, H, D] packed queries.
@@ -944,7 +993,7 @@ def decode(
       block_tables: i32[B, M]; a negative entry is a hole.
       seq_lens: i32[B], with the new tokens.
       query_starts, query_lens: i32[B] a row's first query token and its number of them.
-      max_query_len: most query tokens of a row.
+      max_query_len: most query tokens of a row that is served.
       sm_scale: multiplies the scores.
       soft_cap: bounds the scores.
       sliding_window: tokens a query sees, itself included.
@@ -1111,5 +1160,6 @@ def _packed_lse(lse: Any, inputs: dict[str, Any], case: _Case, num_tokens: int) 
     query = jnp.arange(Q, dtype=jnp.int32)
     rows = inputs["plan"][case.num_ranges : case.num_ranges + B]
     token = rows[:, ROW_START, None] + query
-    token = jnp.where(query < rows[:, ROW_QUERIES, None], token, num_tokens)
+    served = (query < rows[:, ROW_QUERIES, None]) & (rows[:, ROW_LEN, None] > 0)
+    token = jnp.where(served, token, num_tokens)
     return jnp.full((num_tokens, groups * G), -jnp.inf, jnp.float32).at[token].set(lse, mode="drop")

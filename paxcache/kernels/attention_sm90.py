@@ -1,0 +1,293 @@
+"""Paged attention on Hopper (sm_90a): which rows go to which kernel. Imports `decode_sm90` and `prefill_sm90`.
+
+Where no row can have more than FEW_QUERIES query tokens, as in decoding, also with speculation, all go to the decode
+kernel. In every other step, also in a packed one of any size, rows with a single one do, and those with more to the
+prefill kernel, in a launch of its own: a step may hold any mix, which the host never reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from paxcache.kernels import decode_sm90, prefill_sm90
+from paxcache.kernels._mosaic import DeviceLimits
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int32
+
+FEW_QUERIES = 16
+"""Beyond it the decode kernel would read a row's keys too often: once for every 8 query tokens at 4 heads a KV head."""
+LIKELY_GROUPS = (4, 1)
+"""Query heads a KV head, even and odd, for which a plan is made where they are not known. Groups up to 8 share the plan
+of single query tokens."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The work of a step for both kernels; of several plans attention takes the one that fits."""
+
+    decode: tuple[decode_sm90.Plan, ...]
+    prefill: tuple[prefill_sm90.Plan, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Shapes:
+    """What the plans of a step depend on, lengths apart."""
+
+    num_rows: int
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    max_query_len: int
+    dtype: Any
+    windowed: bool
+    limits: DeviceLimits | None = None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether both kernels have rows. A packed step of few tokens is one of single tokens more likely than not."""
+        packed = self.num_rows > 1 and self.max_query_len == self.num_tokens > 1
+        return packed or self.max_query_len > FEW_QUERIES
+
+    @property
+    def padded_tokens(self) -> int:
+        """Query tokens, at least a tile of the prefill kernel."""
+        if not self.is_mixed:
+            return self.num_tokens
+        return max(self.num_tokens, prefill_sm90.tile_tokens(self.num_heads, self.num_kv_heads))
+
+    def for_decode(self) -> dict[str, Any]:
+        shapes = {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "page_size": self.page_size,
+            "max_query_len": 1 if self.is_mixed else self.max_query_len,
+        }
+        return shapes | {"config": decode_sm90.default_config(**shapes, dtype=self.dtype, limits=self.limits)}
+
+    def for_prefill(self) -> dict[str, Any]:
+        config = prefill_sm90.default_config(head_dim=self.head_dim, dtype=self.dtype, limits=self.limits)
+        return {
+            "num_tokens": self.padded_tokens,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "min_query_len": 2,
+            "config": config,
+        }
+
+    def decode_shape(self) -> decode_sm90.Shape:
+        return decode_sm90.plan_shape(num_rows=self.num_rows, windowed=self.windowed, **self.for_decode())
+
+    def prefill_shape(self) -> prefill_sm90.Shape:
+        return prefill_sm90.plan_shape(num_rows=self.num_rows, **self.for_prefill())
+
+
+def make_plan(
+    block_tables: Int32[Array, "B M"],
+    seq_lens: Int32[Array, "B"],
+    query_starts: Int32[Array, "B"],
+    query_lens: Int32[Array, "B"],
+    *,
+    num_tokens: int,
+    num_heads: int | None,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    max_query_len: int,
+    dtype: Any,
+    sliding_window: Int32[Array, ""] | int | None,
+    causal: bool,
+    limits: DeviceLimits | None = None,
+) -> Plan:
+    """Divides a step's attention, on the device; without `num_heads`, for groups of several sizes.
+
+    Args:
+      block_tables: i32[B, M]; a negative entry is a hole.
+      seq_lens: i32[B], with the new tokens.
+      query_starts, query_lens: i32[B] a row's first query token and its number of them.
+      num_tokens: query tokens, T.
+      num_heads, num_kv_heads, head_dim, page_size: H, K, D, S.
+      max_query_len: most query tokens of a row.
+      dtype: of pages and queries.
+      sliding_window: tokens a query sees, itself included.
+      causal: whether a query does not see later tokens.
+      limits: the device's.
+
+    Raises:
+      NotImplementedError: no kernel does this.
+    """
+    check_supported(
+        head_dim=head_dim,
+        v_head_dim=head_dim,
+        page_size=page_size,
+        q_dtype=dtype,
+        kv_dtype=dtype,
+        limits=limits,
+    )
+    groups = LIKELY_GROUPS if num_heads is None else (num_heads // num_kv_heads,)
+    rows = block_tables, seq_lens, query_starts, query_lens
+    decode: dict[Any, decode_sm90.Plan] = {}
+    prefill: dict[Any, prefill_sm90.Plan] = {}
+    for group in groups:
+        shapes = _Shapes(
+            num_rows=block_tables.shape[0],
+            num_tokens=num_tokens,
+            num_heads=group * num_kv_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            page_size=page_size,
+            max_query_len=max_query_len,
+            dtype=jnp.dtype(dtype),
+            windowed=sliding_window is not None,
+            limits=limits,
+        )
+        if shapes.decode_shape() not in decode:
+            plan = decode_sm90.decode_plan(*rows, **shapes.for_decode(), sliding_window=sliding_window)
+            decode[plan.made_for] = plan
+        if shapes.is_mixed and shapes.prefill_shape() not in prefill:
+            plan = prefill_sm90.prefill_plan(
+                *rows,
+                **shapes.for_prefill(),
+                page_size=page_size,
+                sliding_window=sliding_window,
+                causal=causal,
+            )
+            prefill[plan.made_for] = plan
+    return Plan(tuple(decode.values()), tuple(prefill.values()))
+
+
+def check_supported(
+    *,
+    head_dim: int,
+    v_head_dim: int,
+    page_size: int,
+    q_dtype: Any,
+    kv_dtype: Any,
+    limits: DeviceLimits | None = None,
+) -> None:
+    """Raises NotImplementedError, naming the reason, for a case that the kernels cannot do."""
+    case: dict[str, Any] = {
+        "head_dim": head_dim,
+        "v_head_dim": v_head_dim,
+        "page_size": page_size,
+        "q_dtype": q_dtype,
+        "kv_dtype": kv_dtype,
+        "limits": limits,
+    }
+    decode_sm90.check_supported(**case, max_query_len=1)
+    prefill_sm90.check_supported(**case)
+
+
+def paged_attention(
+    q: Float[Array, "T H D"],
+    k_pages: Float[Array, "L P K S D"],
+    v_pages: Float[Array, "L P K S D"] | None,
+    block_tables: Int32[Array, "B M"],
+    seq_lens: Int32[Array, "B"],
+    query_starts: Int32[Array, "B"],
+    query_lens: Int32[Array, "B"],
+    layer: Int32[Array, ""],
+    *,
+    max_query_len: int,
+    sm_scale: Any,
+    soft_cap: Any,
+    sliding_window: Any,
+    sinks: Float[Array, "H"] | None,
+    causal: bool,
+    return_lse: bool,
+    plan: Plan | None,
+    limits: DeviceLimits | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "T H D"], Float[Array, "T H"] | None]:
+    """Attention of each row's queries over its own pages, and the log-sum-exp of each query's scores if asked for.
+
+    Semantics are those of `paxcache.ops.paged_attention`. Rows must lie in the packed tokens in order.
+
+    Raises:
+      NotImplementedError: the kernels cannot do this.
+    """
+    (T, H, D), (_, _, K, S, _) = q.shape, k_pages.shape
+    check_supported(
+        head_dim=D,
+        v_head_dim=D if v_pages is None else v_pages.shape[-1],
+        page_size=S,
+        q_dtype=q.dtype,
+        kv_dtype=k_pages.dtype,
+        limits=limits,
+    )
+    if not (soft_cap is None or isinstance(soft_cap, (int, float))):
+        raise NotImplementedError("attention_sm90: soft_cap must be a Python number, not an array")
+    shapes = _Shapes(
+        num_rows=block_tables.shape[0],
+        num_tokens=T,
+        num_heads=H,
+        num_kv_heads=K,
+        head_dim=D,
+        page_size=S,
+        max_query_len=max_query_len,
+        dtype=jnp.dtype(q.dtype),
+        windowed=sliding_window is not None,
+        limits=limits,
+    )
+    decode_plan = _fitting(plan and plan.decode, shapes.decode_shape())
+    prefill_plan = _fitting(plan and plan.prefill, shapes.prefill_shape()) if shapes.is_mixed else None
+    if decode_plan is None or (shapes.is_mixed and prefill_plan is None):
+        own = make_plan(
+            block_tables,
+            seq_lens,
+            query_starts,
+            query_lens,
+            num_tokens=T,
+            num_heads=H,
+            num_kv_heads=K,
+            head_dim=D,
+            page_size=S,
+            max_query_len=max_query_len,
+            dtype=q.dtype,
+            sliding_window=sliding_window,
+            causal=causal,
+            limits=limits,
+        )
+        decode_plan, prefill_plan = own.decode[0], own.prefill[0] if shapes.is_mixed else None
+    options = {
+        "sm_scale": sm_scale,
+        "soft_cap": None if soft_cap is None else float(soft_cap),
+        "sliding_window": sliding_window,
+        "sinks": sinks,
+        "causal": causal,
+        "interpret": interpret,
+    }
+    pools = k_pages, k_pages if v_pages is None else v_pages, layer, block_tables
+    padding = shapes.padded_tokens - T
+    if padding:
+        q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
+    out, lse = decode_sm90.decode(
+        q,
+        *pools,
+        seq_lens,
+        query_starts,
+        query_lens,
+        max_query_len=decode_plan.made_for.max_query_len,
+        return_lse=return_lse,
+        plan=decode_plan,
+        config=decode_plan.made_for.config,
+        **options,
+    )
+    if prefill_plan is not None:
+        out, lse = prefill_sm90.prefill(out, q, *pools, lse=lse, plan=prefill_plan, **options)
+    if padding:
+        out, lse = out[:T], None if lse is None else lse[:T]
+    return out, lse
+
+
+def _fitting(plans: Any, shape: Any) -> Any:
+    """The plan of this form, or None."""
+    return next((plan for plan in plans or () if plan.made_for == shape), None)

@@ -1,0 +1,880 @@
+"""Paged attention for rows with many query tokens, on Hopper (sm_90a). Imports `_mosaic` and JAX; knows arrays.
+
+Prompts and chunks of prompts, each causal from its row's own offset, in one launch. The matrix unit is the limit:
+
+- A program owns 128 query rows and has three warpgroups. Two consumers take 64 rows each: 64 tokens of two query heads
+  of one KV head, or 128 tokens of one head where the group is odd. The third feeds them: two of its warps copy pages
+  of keys, two those of values, and the last one queries too.
+- A consumer issues the scores of block t and the weighted values of block t - 1 together, and computes the softmax of
+  t while the second product is in flight. The consumers take turns, so that one's softmax meets the other's products.
+- Programs are persistent, one an SM. `prefill_plan` lists the *tiles* of 64 or 128 tokens once per step on the device,
+  the most expensive first; a tile's heads are neighbours in the list, which is dealt back and forth over the programs.
+- Blocks of keys run from the last one down. Only those that some query sees in part are masked; the loops are apart.
+- Queries start at any token, but the copy engine writes tiled shared memory 8 rows at a time. A 64-column slice of a
+  tiled buffer is byte for byte an untiled, swizzled one: queries and whole output tiles go through such an alias.
+
+References: FlashAttention-3 (Shah et al., 2024) for the overlap inside and between warpgroups; FlashInfer (Ye et al.,
+2025) for ragged batches in one launch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import sequential_vmap
+
+from paxcache.kernels._mosaic import (
+    DeviceLimits,
+    device_limits,
+    in_place,
+    matrix_tiles,
+    pl,
+    plgpu,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int32
+
+ROWS = 64  # query rows of a consumer: the rows of one matrix instruction
+CONSUMERS = 2
+LOG2E = math.log2(math.e)
+MASKED = -1e30  # finite, so that a block in which a query sees nothing leaves no NaN behind
+
+# Line 0 of a plan holds the number of tiles. Columns of a tile: row of the batch; first query token that the
+# program loads, and its position; which of the loaded tokens are the tile's: first and number; the first block of
+# keys; blocks; of these, from the last down, where those that may have holes end (0: there are none), and where those
+# seen in full begin and end; the length of the row.
+ROW, TOKEN, POSITION, SKIP, COUNT, FIRST_BLOCK, BLOCKS, HOLES_END, FULL_BEGIN, FULL_END, LENGTH = range(11)
+SECTOR = 8  # int32 in a memory sector, to which lines are padded
+
+MATRIX = plgpu.Layout.WGMMA
+EACH_ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A launch configuration; `default_config` makes one."""
+
+    num_programs: int
+    """Programs launched: one an SM."""
+    block_kv: int
+    """Tokens of a block of keys: what the registers hold of scores beside the output."""
+    key_stages: int
+    """Blocks of keys in shared memory."""
+    value_stages: int
+    """Blocks of values, which are read a step later."""
+    output_over_queries: bool
+    """Output tiles take the queries' shared memory: less is needed, and the next queries come later."""
+    cost_step: int = 1
+    """Blocks by which tiles must differ to be sorted apart; a larger step keeps tiles of one row together."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Case:
+    """What is static in a call."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    max_pages: int
+    dtype: Any
+    causal: bool
+    windowed: bool
+    soft_cap: float | None
+    has_sinks: bool
+    return_lse: bool
+    config: Config
+    interpret: Any
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a program."""
+        return _heads(self.num_heads, self.num_kv_heads)
+
+    @property
+    def head_items(self) -> int:
+        """Items of a tile."""
+        return self.num_heads // self.heads
+
+    @property
+    def chunk(self) -> int:
+        """Columns of a swizzled row."""
+        return _chunk(self.head_dim)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a consumer's thread and of a producer's, which holds the page of each of its copies."""
+        return (240, 24) if self.config.block_kv // self.copy_len <= 8 else (232, 40)
+
+    @property
+    def copy_len(self) -> int:
+        """Tokens of one copy."""
+        return math.gcd(self.page_size, self.config.block_kv)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What the form of a plan depends on; `plan_shape` makes one."""
+
+    num_tokens: int
+    tile_tokens: int
+    num_tiles: int
+    config: Config
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The tiles of a step, the most expensive first."""
+
+    lines: Int32[Array, "lines columns"]
+    made_for: Shape = dataclasses.field(metadata={"static": True})
+
+
+def _heads(num_heads: int, num_kv_heads: int) -> int:
+    return CONSUMERS if num_heads // num_kv_heads % CONSUMERS == 0 else 1
+
+
+def _chunk(head_dim: int) -> int:
+    return 64 if head_dim % 64 == 0 else 32
+
+
+def tile_tokens(num_heads: int, num_kv_heads: int) -> int:
+    """Tokens of a tile; a call must have as many."""
+    return ROWS * CONSUMERS // _heads(num_heads, num_kv_heads)
+
+
+def default_config(*, head_dim: int, dtype: Any, limits: DeviceLimits | None = None) -> Config:
+    """Blocks as long as the registers allow, and as many stages as fit, output apart from queries if it can be."""
+    limits = device_limits() if limits is None else limits
+    block_kv = 128 if head_dim <= 128 else 64
+    itemsize = jnp.dtype(dtype).itemsize
+    rows = CONSUMERS * ROWS * head_dim * itemsize
+    stage = block_kv * head_dim * itemsize
+    room = limits.smem_bytes_per_block - 2048 - rows  # what is not counted takes less than 2 KB
+    apart = room - rows >= 4 * stage
+    stages = min(8, (room - rows if apart else room) // stage)
+    return Config(
+        num_programs=limits.num_sms,
+        block_kv=block_kv,
+        key_stages=stages // 2,
+        value_stages=stages - stages // 2,
+        output_over_queries=not apart,
+    )
+
+
+def plan_shape(
+    *, num_rows: int, num_tokens: int, num_heads: int, num_kv_heads: int, min_query_len: int, config: Config
+) -> Shape:
+    """The form of the plan that `prefill_plan` makes; a plan of another form is of no use to `prefill`."""
+    tile = tile_tokens(num_heads, num_kv_heads)
+    most_rows = min(num_rows, num_tokens // max(min_query_len, 1))
+    return Shape(
+        num_tokens=num_tokens, tile_tokens=tile, num_tiles=num_tokens // tile + most_rows, config=config
+    )
+
+
+def prefill_plan(
+    block_tables: Int32[Array, "B M"],
+    seq_lens: Int32[Array, "B"],
+    query_starts: Int32[Array, "B"],
+    query_lens: Int32[Array, "B"],
+    *,
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    page_size: int,
+    min_query_len: int = 1,
+    sliding_window: Int32[Array, ""] | int | None = None,
+    causal: bool = True,
+    config: Config,
+) -> Plan:
+    """Lists the tiles of a step, on the device; lengths are dynamic, shapes are not.
+
+    Args:
+      block_tables: i32[B, M]; a negative entry is a hole.
+      seq_lens: i32[B], with the new tokens.
+      query_starts, query_lens: i32[B] a row's first query token and its number of them.
+      num_tokens: query tokens, T; at least `tile_tokens`.
+      num_heads, num_kv_heads, page_size: H, K, S.
+      min_query_len: rows with fewer query tokens are left alone.
+      sliding_window: tokens a query sees, itself included; blocks left of it are not read.
+      causal: whether a query does not see later tokens.
+      config: the launch configuration.
+
+    Returns:
+      The plan, for every layer with these rows, tables, window and heads.
+    """
+    i32 = jnp.int32
+    B, M = block_tables.shape
+    block, cost_step = config.block_kv, config.cost_step
+    shape = plan_shape(
+        num_rows=B,
+        num_tokens=num_tokens,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        min_query_len=min_query_len,
+        config=config,
+    )
+    tile = shape.tile_tokens
+    live = (seq_lens > 0) & (query_lens >= min_query_len)
+    queries = jnp.where(live, query_lens, 0).astype(i32)
+    tiles = (queries + (tile - 1)) // tile
+    row_ids = jnp.arange(B, dtype=i32)
+    ends = jnp.sum(jnp.where(row_ids[None, :] <= row_ids[:, None], tiles, 0), axis=1, dtype=i32)
+    window = None if sliding_window is None else jnp.asarray(sliding_window, i32)
+
+    # A row with a hole in sight has all its blocks looked at for holes.
+    entries = jnp.arange(M, dtype=i32)
+    in_sight = entries < ((seq_lens + (page_size - 1)) // page_size)[:, None]
+    if window is not None:
+        low = jnp.maximum(seq_lens - queries - window + 1, 0) // page_size
+        in_sight &= entries >= low[:, None]
+    has_holes = jnp.any(in_sight & (block_tables < 0), axis=1)
+
+    ids = jnp.arange(shape.num_tiles, dtype=i32)
+    row = jnp.minimum(jnp.sum(ends[None, :] <= ids[:, None], axis=1, dtype=i32), B - 1)
+    used = ids < ends[-1]
+    begin = (ids - (ends[row] - tiles[row])) * tile  # the tile's first query token in its row
+    count = jnp.minimum(queries[row] - begin, tile)
+    token = jnp.clip(query_starts[row] + begin, 0, num_tokens - tile)
+    skip = query_starts[row] + begin - token
+    length = seq_lens[row].astype(i32)
+    first = length - queries[row] + begin  # positions of the tile's first and last query
+    last = first + count - 1
+    high = last + 1 if causal else length  # tokens below it are seen by some query; by all:
+    high_all = first + 1 if causal else length
+    low = low_all = jnp.zeros_like(length)
+    if window is not None:
+        low, low_all = jnp.maximum(first - window + 1, 0), jnp.maximum(last - window + 1, 0)
+    first_block, stop_block = low // block, (high + (block - 1)) // block
+    blocks = jnp.maximum(stop_block - first_block, 1)
+    full_begin = jnp.clip(stop_block - high_all // block, 1, blocks)  # the first one is masked in any case
+    full_end = jnp.clip(stop_block - (low_all + (block - 1)) // block, full_begin, blocks)
+    holes_end, full_begin, full_end = (
+        jnp.where(has_holes[row], blocks, x) for x in (jnp.zeros_like(blocks), full_begin, full_end)
+    )
+
+    cost = jnp.where(used, blocks // cost_step, -1)
+    before = (cost[None, :] > cost[:, None]) | (
+        (cost[None, :] == cost[:, None]) & (ids[None, :] < ids[:, None])
+    )
+    rank = jnp.sum(before, axis=1, dtype=i32)
+    columns = (
+        row,
+        token,
+        first - skip,
+        skip,
+        count,
+        first_block,
+        blocks,
+        holes_end,
+        full_begin,
+        full_end,
+        length,
+    )
+    lines = jnp.stack(columns, axis=1)
+    lines = jnp.pad(lines, ((0, 0), (0, pl.cdiv(lines.shape[1], SECTOR) * SECTOR - lines.shape[1])))
+    header = jnp.zeros((1, lines.shape[1]), i32).at[0, 0].set(ends[-1])
+    return Plan(jnp.concatenate([header, jnp.zeros_like(lines).at[rank].set(lines)]), shape)
+
+
+def _soft_cap(x: Any, cap: float) -> Any:
+    """``cap * tanh(x / cap)`` for x in units of log2, to float32's precision; the hardware's own tanh has 11 bits."""
+    cap *= LOG2E
+    return cap - (2 * cap) / (jnp.exp2(x * (2 * LOG2E / cap)) + 1)
+
+
+def _down(rows: Any, like: Any) -> Any:
+    """One value a row, repeated for each column of a matrix."""
+    return lax.broadcast_in_dim(rows, like.shape, [0])
+
+
+def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
+    """One program: its items, in order."""
+    config, on_gpu = case.config, case.interpret is None
+    plan, tables = refs["plan"], refs["tables"]
+    k_s, v_s = scratch["k_s"], scratch["v_s"]
+    k_full, v_full, q_full = (scratch[x] for x in ("k_full", "v_full", "q_full"))
+    k_free, v_free, q_free = (scratch[x] for x in ("k_free", "v_free", "q_free"))
+    turn, cleaned = scratch["turn"], scratch["cleaned"]
+    # Several names of one memory: *_s as the matrix unit has it, *_t as the copy engine addresses it row by row.
+    if on_gpu and config.output_over_queries:
+        q_s, q_t, o_rows, o_s, o_t = scratch["queries_and_output"]
+    elif on_gpu:
+        (q_s, q_t), (o_rows, o_s, o_t) = scratch["queries"], scratch["output"]
+    else:  # the interpreter has no tiles, so one name is enough
+        q_s = q_t = scratch["queries"]
+        o_rows, o_s = scratch["output"]
+        o_t = o_s
+    D, S, block, chunk = case.head_dim, case.page_size, config.block_kv, case.chunk
+    chunks, copy_len = D // chunk, case.copy_len
+    copies = block // copy_len
+    program, wg = lax.axis_index("program"), lax.axis_index("thread")
+    layer = refs["layer"][0]
+
+    # The list of items is dealt back and forth, so that no program gets all the expensive ones of its rounds.
+    num_items = plan[0, 0] * case.head_items
+    whole_rounds = lax.div(num_items, config.num_programs)
+    left = num_items - whole_rounds * config.num_programs
+
+    def place_in_round(round_id):
+        return jnp.where(lax.rem(round_id, 2) == 0, program, config.num_programs - 1 - program)
+
+    num_rounds = whole_rounds + (place_in_round(whole_rounds) < left).astype(jnp.int32)
+
+    def item(round_id):
+        """The line of a tile in the plan, and which of its items."""
+        index = round_id * config.num_programs + place_in_round(round_id)
+        return lax.div(index, case.head_items) + 1, lax.rem(index, case.head_items)
+
+    def pages_in_sight(line):
+        """The first and the last table entry that a tile's queries see."""
+        last = jnp.minimum(lax.div(plan[line, LENGTH] - 1, S), case.max_pages - 1)
+        if not case.windowed:
+            return 0, last
+        low = plan[line, POSITION] + plan[line, SKIP] - refs["window"][0] + 1
+        return lax.div(jnp.maximum(low, 0), S), last
+
+    def tokens_and_head(line, head_item, consumer):
+        """A consumer's offset in the tile's tokens, and its query head."""
+        if case.heads == CONSUMERS:
+            return 0, head_item * CONSUMERS + consumer
+        return consumer * ROWS, head_item
+
+    @pl.when(wg == CONSUMERS)
+    def _producer():
+        if on_gpu:
+            plgpu.set_max_registers(case.registers[1], action="decrease")
+
+        def copy_queries(line, head_item, is_first):
+            for x in range(CONSUMERS):
+                # Consumer x arrives at `q_free` when its last product with its queries is complete.
+                pl.when(jnp.logical_not(is_first))(lambda x=x: plgpu.barrier_wait(q_free.at[x]))
+                offset, head = tokens_and_head(line, head_item, x)
+                tokens = pl.ds(plan[line, TOKEN] + offset, ROWS)
+                for d in range(chunks):
+                    source = refs["q"].at[tokens, head, pl.ds(chunk * d, chunk)]
+                    plgpu.copy_gmem_to_smem(source, q_t.at[x, d], q_full.at[x])
+
+        def stream(pool, buffer, full, free, mine, with_queries):
+            """Copies the blocks of all items; of each block the copies numbered `mine`."""
+            stages = buffer.shape[0]
+
+            def one_item(round_id, base):
+                line, head_item = item(round_id)
+                row, blocks = plan[line, ROW], plan[line, BLOCKS]
+                last_block = plan[line, FIRST_BLOCK] + blocks - 1
+                first_page, last_page = pages_in_sight(line)
+                _, head = tokens_and_head(line, head_item, 0)
+                kv_head = lax.div(head, case.num_heads // case.num_kv_heads)
+                if with_queries:
+                    copy_queries(line, head_item, round_id == 0)
+
+                def step(t, _):
+                    slot = lax.rem(base + t, stages)
+                    first = (last_block - t) * block
+                    # Left of the window and past the end a page in sight is read once more; its tokens are masked
+                    # later. Read before the wait, so that the latency hides behind it.
+                    entries = [lax.div(first + i * copy_len, S) for i in mine]
+                    pages = [tables[row, jnp.clip(x, first_page, last_page)] for x in entries]
+                    # Both consumers arrive at `free` when they have read the slot's last block, and
+                    # each warp of the producer waits before it overwrites its part.
+                    pl.when(base + t >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                    for i, page in zip(mine, pages, strict=True):
+                        source = pool.at[layer, jnp.maximum(page, 0), kv_head]
+                        if copy_len < S:
+                            offset = lax.rem(lax.div(first, copy_len) + i, S // copy_len) * copy_len
+                            source = source.at[pl.ds(offset, copy_len)]
+                        # Every copy arrives at `full` with its last byte; both consumers wait for all of a block's.
+                        target = buffer.at[slot, pl.ds(i * copy_len, copy_len)]
+                        plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+
+                lax.fori_loop(0, blocks, step, None)
+                return base + blocks
+
+            total = lax.fori_loop(0, num_rounds, one_item, jnp.int32(0))
+
+            def drain(i, _):
+                plgpu.barrier_wait(free.at[lax.rem(i, stages)])
+
+            # A producer must see every completion, those of the end too.
+            lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
+            if with_queries:
+
+                @pl.when(total > 0)
+                def _():
+                    for x in range(CONSUMERS):
+                        plgpu.barrier_wait(q_free.at[x])
+
+        parts = min(2, copies)
+
+        def warp(index):
+            for x in range(parts):
+                mine = range(x * copies // parts, (x + 1) * copies // parts)
+                keys = functools.partial(stream, refs["k"], k_s, k_full, k_free, mine, False)
+                values = functools.partial(stream, refs["v"], v_s, v_full, v_free, mine, x == parts - 1)
+                pl.when(index == x)(keys)
+                pl.when(index == 2 + x)(values)
+
+        plgpu.warp_map(warp)
+
+    @pl.when(wg < CONSUMERS)
+    def _consumer():
+        if on_gpu:
+            plgpu.set_max_registers(case.registers[0], action="increase")
+        scale = refs["scale"][0] * LOG2E
+        window = refs["window"][0] if case.windowed else None
+
+        def begin_turn():
+            plgpu.barrier_wait(turn.at[wg])  # the other consumer has issued its products
+
+        def end_turn():
+            plgpu.barrier_arrive(turn.at[1 - wg])
+
+        pl.when(wg == 1)(end_turn)  # consumer 0 begins
+
+        def one_item(round_id, base):
+            line, head_item = item(round_id)
+            # All at once, so that the memory's latency is paid once.
+            columns = BLOCKS, FIRST_BLOCK, LENGTH, POSITION, HOLES_END, FULL_BEGIN, FULL_END
+            blocks, first_block, length, position, holes_end, full_begin, full_end = (
+                plan[line, x] for x in columns
+            )
+            offset, head = tokens_and_head(line, head_item, wg)
+            position = position + offset
+
+            def key_slot(t):
+                return lax.rem(base + t, config.key_stages)
+
+            def value_slot(t):
+                return lax.rem(base + t, config.value_stages)
+
+            def block_start(t):
+                return (first_block + blocks - 1 - t) * block
+
+            def scores(acc, slot):
+                for d in range(chunks):
+                    plgpu.wgmma(acc, q_s.at[wg, d], k_s.at[slot, :, pl.ds(chunk * d, chunk)].T)
+
+            def holes_of(t):
+                """A bit for each copy of a block that would have come from a hole."""
+                (first, last), row = pages_in_sight(line), plan[line, ROW]
+                holes = jnp.int32(0)
+                for i in range(copies):
+                    entry = jnp.clip(lax.div(block_start(t) + i * copy_len, S), first, last)
+                    holes = lax.bitwise_or(holes, jnp.where(tables[row, entry] < 0, 1 << i, 0))
+                return holes
+
+            def in_hole(tokens, holes):
+                copy = lax.shift_right_logical(tokens, jnp.full_like(tokens, copy_len.bit_length() - 1))
+                bits = lax.shift_right_logical(jnp.full_like(tokens, 0) + holes, copy)
+                return lax.bitwise_and(bits, jnp.full_like(tokens, 1)) != 0
+
+            def mask(s, t, holes):
+                # Sums stay on the side of the rows: per token the compiler would keep, and spill, one for each column.
+                token = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=MATRIX)
+                start = block_start(t)
+                last = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=EACH_ROW) + (position - start)
+                seen = token <= _down(last, s) if case.causal else token < length - start
+                if case.windowed:
+                    seen = jnp.logical_and(seen, token > _down(last - window, s))
+                if holes is not None:
+                    seen = jnp.logical_and(seen, jnp.logical_not(in_hole(token, holes)))
+                return jnp.where(seen, s, jnp.full_like(s, MASKED))
+
+            def softmax(s, m, l, t, masked, holes=None):
+                """New maximum and denominator, the factor of what was summed up, and the weights."""
+                factor = scale
+                if case.soft_cap is not None:
+                    s, factor = _soft_cap(s * scale, case.soft_cap), 1.0
+                if masked:
+                    s, factor = mask(s * factor, t, holes), 1.0
+                new = jnp.maximum(m, s.max(axis=1) * factor)
+                shrink = jnp.exp2(m - new)
+                p = jnp.exp2(
+                    s * factor - _down(new, s)
+                )  # a fused multiply-add each: the scale is not negative
+                return new, l * shrink + p.sum(axis=1), shrink, p
+
+            def clean_values(t, holes):
+                """Zeros where values are not the row's, since 0 * NaN is NaN."""
+                slot, owned = value_slot(t), length - block_start(t)
+
+                @pl.when(jnp.logical_or(owned < block, holes != 0))
+                def _():
+                    for i, d in enumerate(range(0, D, chunk)):  # the consumers share the work
+
+                        @pl.when(wg == i % CONSUMERS)
+                        def _(d=d):
+                            for begin in range(0, block, ROWS):
+                                part = v_s.at[slot, pl.ds(begin, ROWS), pl.ds(d, chunk)]
+                                token = (
+                                    plgpu.broadcasted_iota(jnp.int32, (ROWS, chunk), 0, layout=MATRIX) + begin
+                                )
+                                keep = jnp.logical_and(token < owned, jnp.logical_not(in_hole(token, holes)))
+                                values = plgpu.load(part, layout=MATRIX)
+                                part[...] = jnp.where(keep, values, jnp.zeros_like(values))
+
+                    plgpu.commit_smem()  # all threads' zeros, before the matrix unit reads them
+                    # Both consumers arrive when their share is clean, and wait for the other's.
+                    plgpu.barrier_arrive(cleaned)
+                    plgpu.barrier_wait(cleaned)
+
+            def add_values(acc, p, slot):
+                if on_gpu:
+                    return pl.run_state(lambda a: plgpu.wgmma(a, p, v_s.at[slot]))(
+                        plgpu.WGMMAAccumulatorRef.init(acc)
+                    )
+                acc = acc + lax.dot(p.astype(jnp.float32), v_s[slot].astype(jnp.float32))
+                plgpu.commit_smem()
+                return acc
+
+            def only_scores(slot):
+                def product(acc):
+                    scores(acc, slot)
+                    end_turn()
+                    return acc[...]
+
+                return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, block), jnp.float32))
+
+            # Block 0: scores alone. A consumer waits for its queries once an item.
+            slot = key_slot(0)
+            plgpu.barrier_wait(q_full.at[wg])
+            plgpu.barrier_wait(k_full.at[slot])  # the block's keys
+            begin_turn()
+            s = only_scores(slot)
+            plgpu.barrier_arrive(k_free.at[slot])  # the keys may be overwritten
+            holes = lax.cond(holes_end > 0, lambda: holes_of(0), lambda: jnp.int32(0))
+            nothing = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), EACH_ROW)
+            zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), EACH_ROW)
+            m, l, _, p = softmax(s, nothing, zero, 0, True, holes)
+            p = p.astype(case.dtype)
+            plgpu.barrier_wait(v_full.at[value_slot(0)])  # the block's values
+            clean_values(0, holes)  # only here can a row end
+            acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), MATRIX)
+
+            def step(t, carry, masked, may_have_holes=False):
+                acc, m, l, p = carry
+                slot, before = key_slot(t), value_slot(t - 1)
+                plgpu.barrier_wait(k_full.at[slot])
+                begin_turn()
+                if on_gpu and not may_have_holes:
+
+                    def both(state):
+                        acc, m, l, shrink, weights = state
+
+                        def issue(s_acc):
+                            scores(s_acc, slot)
+                            plgpu.wgmma(acc, p, v_s.at[before])
+                            end_turn()
+                            return plgpu.wgmma_accumulator_load(
+                                s_acc, wait_n=1
+                            )  # the values' product stays in flight
+
+                        s = pl.run_scoped(issue, plgpu.WGMMAAccumulatorRef((ROWS, block), jnp.float32))
+                        plgpu.barrier_arrive(k_free.at[slot])
+                        m[...], l[...], shrink[...], weights[...] = softmax(s, m[...], l[...], t, masked)
+
+                    blank = plgpu.layout_cast(jnp.zeros((ROWS, block), jnp.float32), MATRIX)
+                    state = plgpu.WGMMAAccumulatorRef.init(acc), m, l, m, blank
+                    acc, m, l, shrink, weights = pl.run_state(both)(state)  # ends when the product has
+                else:  # holes are rare: one product after the other spares registers; the interpreter knows no overlap
+                    acc = add_values(acc, p, before)
+                    s = only_scores(slot)
+                    holes = holes_of(t) if may_have_holes else None
+                    plgpu.barrier_arrive(k_free.at[slot])
+                    m, l, shrink, weights = softmax(s, m, l, t, masked, holes)
+                plgpu.barrier_arrive(v_free.at[before])  # the values may be overwritten
+                plgpu.barrier_wait(v_full.at[value_slot(t)])  # the block's values
+                if may_have_holes:
+                    clean_values(t, holes)
+                return acc * _down(shrink, acc), m, l, weights.astype(case.dtype)
+
+            masked_step = functools.partial(step, masked=True)
+            carry = acc, m, l, p
+            carry = lax.fori_loop(1, holes_end, functools.partial(masked_step, may_have_holes=True), carry)
+            carry = lax.fori_loop(jnp.maximum(holes_end, 1), full_begin, masked_step, carry)
+            carry = lax.fori_loop(full_begin, full_end, functools.partial(step, masked=False), carry)
+            if case.windowed:
+                carry = lax.fori_loop(full_end, blocks, masked_step, carry)
+            acc, m, l, p = carry
+            if not config.output_over_queries:
+                plgpu.barrier_arrive(q_free.at[wg])  # another item's queries may come
+            token, skip, count = (
+                plan[line, x] for x in (TOKEN, SKIP, COUNT)
+            )  # the product hides their latency
+            slot = value_slot(blocks - 1)
+            acc = add_values(acc, p, slot)
+            plgpu.barrier_arrive(v_free.at[slot])
+            lse, out = normalise(acc, m, l, head)
+            if case.return_lse:
+                refs["lse"][line - 1, head_item, wg] = lse
+            start = jnp.clip(skip - offset, 0, ROWS)
+            store(out, token + offset, start, jnp.clip(skip + count - offset, 0, ROWS) - start, head)
+            if config.output_over_queries:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the output has left the queries' memory
+                plgpu.barrier_arrive(q_free.at[wg])
+            return base + blocks
+
+        def normalise(acc, m, l, head):
+            """The rows' results, and the log-sum-exp of their scores."""
+            some = m > MASKED / 2  # nothing was seen, as where all is hole: zeros
+            seen = some
+            if case.has_sinks:
+                sink = refs["sinks"][head] * LOG2E
+                m_all = jnp.maximum(jnp.where(some, m, jnp.full_like(m, MASKED)), sink)
+                weight = jnp.exp2(m - m_all)
+                acc, l, m = acc * _down(weight, acc), l * weight + jnp.exp2(sink - m_all), m_all
+                some = l > 0
+            factor = jnp.where(seen, 1.0 / l, jnp.zeros_like(l))
+            out = acc * _down(factor, acc)
+            out = jnp.where(_down(seen, out), out, jnp.zeros_like(out)).astype(case.dtype)
+            lse = (m + jnp.log2(l)) * (1 / LOG2E)
+            return jnp.where(some, lse, jnp.full_like(l, -jnp.inf)), out
+
+        def store(out, token, start, count, head):
+            """Writes the rows that are the tile's; `token` is that of row 0."""
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # earlier copies have left the output's memory
+
+            @pl.when(count == ROWS)
+            def _():
+                for d in range(chunks):
+                    o_s[wg, d] = out[:, chunk * d : chunk * (d + 1)]
+                plgpu.commit_smem()  # all threads' results, before the copy engine reads them
+                for d in range(chunks):
+                    target = refs["out"].at[pl.ds(token, ROWS), head, pl.ds(chunk * d, chunk)]
+                    plgpu.copy_smem_to_gmem(o_t.at[wg, d], target)
+
+            @pl.when(count < ROWS)
+            def _():
+                o_rows[wg] = out
+                plgpu.commit_smem()
+                at = start
+                size = ROWS // 2
+                while size:  # copies have static sizes: a ladder of powers of two
+
+                    @pl.when(lax.bitwise_and(count, size) != 0)
+                    def _(at=at, size=size):
+                        target = refs["out"].at[pl.ds(token + at, size), head]
+                        plgpu.copy_smem_to_gmem(o_rows.at[wg, pl.ds(at, size)], target)
+
+                    at = at + lax.bitwise_and(count, size)
+                    size //= 2
+
+        lax.fori_loop(0, num_rounds, one_item, jnp.int32(0))
+        pl.when(wg == 0)(begin_turn)  # see the other's last turn
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # shared memory must outlive the last copies
+
+
+def _scratch(case: _Case) -> dict[str, Any]:
+    """The shared memory of a program."""
+    D, chunk, config, dtype = case.head_dim, case.chunk, case.config, case.dtype
+    copies = config.block_kv // case.copy_len
+    tiles = matrix_tiles(D * dtype.itemsize, dtype)
+    by_columns = (CONSUMERS, D // chunk, ROWS, chunk)
+    tiled = plgpu.SMEM(by_columns, dtype, transforms=tiles)
+    untiled = plgpu.SMEM(by_columns, dtype, transforms=tiles[1:])
+    by_rows = plgpu.SMEM((CONSUMERS, ROWS, D), dtype)
+    if case.interpret is not None:
+        shared: dict[str, Any] = {"queries": tiled, "output": (by_rows, tiled)}
+    elif config.output_over_queries:
+        shared = {"queries_and_output": plgpu.RefUnion(tiled, untiled, by_rows, tiled, untiled)}
+    else:
+        shared = {
+            "queries": plgpu.RefUnion(tiled, untiled),
+            "output": plgpu.RefUnion(by_rows, tiled, untiled),
+        }
+    return shared | {
+        "k_s": plgpu.SMEM((config.key_stages, config.block_kv, D), dtype, transforms=tiles),
+        "v_s": plgpu.SMEM((config.value_stages, config.block_kv, D), dtype, transforms=tiles),
+        "q_full": plgpu.Barrier(num_arrivals=D // chunk, num_barriers=CONSUMERS),
+        "k_full": plgpu.Barrier(num_arrivals=copies, num_barriers=config.key_stages),
+        "v_full": plgpu.Barrier(num_arrivals=copies, num_barriers=config.value_stages),
+        "q_free": plgpu.Barrier(num_barriers=CONSUMERS),
+        "k_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.key_stages),
+        "v_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.value_stages),
+        "turn": plgpu.Barrier(num_barriers=CONSUMERS),
+        "cleaned": plgpu.Barrier(num_arrivals=CONSUMERS),
+    }
+
+
+def check_supported(
+    *,
+    head_dim: int,
+    v_head_dim: int,
+    page_size: int,
+    q_dtype: Any,
+    kv_dtype: Any,
+    limits: DeviceLimits | None = None,
+) -> None:
+    """Raises NotImplementedError, naming the reason, for a case that `prefill` cannot do.
+
+    Args:
+      head_dim, v_head_dim: D of the keys and of the values.
+      page_size: S.
+      q_dtype, kv_dtype: of the queries and of the pages.
+      limits: the device's.
+    """
+    limits = device_limits() if limits is None else limits
+    q_dtype, kv_dtype = jnp.dtype(q_dtype), jnp.dtype(kv_dtype)
+
+    def refuse(reason: str) -> None:
+        raise NotImplementedError(f"prefill_sm90: {reason}")
+
+    if limits.compute_capability[0] != 9:
+        major, minor = limits.compute_capability
+        refuse(f"needs a Hopper GPU (compute capability 9.0), this one has {major}.{minor}")
+    if kv_dtype not in (jnp.bfloat16, jnp.float16):
+        refuse(f"pages must be bfloat16 or float16, got {kv_dtype}")
+    if q_dtype != kv_dtype:
+        refuse(f"queries and pages must share a dtype, got {q_dtype} and {kv_dtype}")
+    if head_dim != v_head_dim:
+        refuse(f"keys and values must be of one width, got {head_dim} and {v_head_dim}")
+    if head_dim not in (64, 96, 128, 192, 256):
+        refuse(f"head_dim must be 64, 96, 128, 192 or 256, got {head_dim}")
+    if page_size % 8:
+        refuse(f"page_size must be a multiple of 8, got {page_size}")
+
+
+def prefill(
+    out: Float[Array, "T H D"],
+    q: Float[Array, "T H D"],
+    k_pages: Float[Array, "L P K S D"],
+    v_pages: Float[Array, "L P K S D"],
+    layer: Int32[Array, ""] | int,
+    block_tables: Int32[Array, "B M"],
+    *,
+    sm_scale: Float[Array, ""] | float,
+    soft_cap: float | None = None,
+    sliding_window: Int32[Array, ""] | int | None = None,
+    sinks: Float[Array, "H"] | None = None,
+    causal: bool = True,
+    lse: Float[Array, "T H"] | None = None,
+    plan: Plan,
+    interpret: Any = None,
+) -> tuple[Float[Array, "T H D"], Float[Array, "T H"] | None]:
+    """Attention of the query tokens in a plan over their rows' pages, written into `out` in place.
+
+    Args:
+      out: [T, H, D]; tokens of rows that are not in the plan keep what they have.
+      q: [T, H, D] packed queries; T is at least `tile_tokens`.
+      k_pages, v_pages: [L, P, K, S, D] the pools.
+      layer: index into L.
+      block_tables: i32[B, M]; a negative entry is a hole.
+      sm_scale: multiplies the scores.
+      soft_cap: bounds the scores.
+      sliding_window: tokens a query sees, itself included.
+      sinks: [H] logits that join each softmax.
+      causal: whether a query does not see later tokens.
+      lse: f32[T, H] log-sum-exp of the scores of other rows, to be filled in; None: it is not asked for.
+      plan: from `prefill_plan`, with the same lengths, window and causality.
+      interpret: `_mosaic.interpreter()` runs the kernel on the CPU.
+
+    Returns:
+      out and lse.
+
+    Raises:
+      NotImplementedError: the case is not supported.
+    """
+    (_, H, D), (_, _, K, S, _) = q.shape, k_pages.shape
+    check_supported(
+        head_dim=D, v_head_dim=v_pages.shape[-1], page_size=S, q_dtype=q.dtype, kv_dtype=k_pages.dtype
+    )
+    case = _Case(
+        num_heads=H,
+        num_kv_heads=K,
+        head_dim=D,
+        page_size=S,
+        max_pages=block_tables.shape[1],
+        dtype=jnp.dtype(q.dtype),
+        causal=causal,
+        windowed=sliding_window is not None,
+        soft_cap=soft_cap,
+        has_sinks=sinks is not None,
+        return_lse=lse is not None,
+        config=plan.made_for.config,
+        interpret=interpret,
+    )
+    # The kernel wants a scale that is not negative, so that the largest score is the largest product.
+    if not isinstance(sm_scale, (int, float)):
+        q, sm_scale = jnp.where(sm_scale < 0, -q, q), jnp.abs(sm_scale)
+    elif sm_scale < 0:
+        q, sm_scale = -q, -sm_scale
+    inputs = {
+        "layer": jnp.asarray(layer, jnp.int32).reshape(1),
+        "scale": jnp.asarray(sm_scale, jnp.float32).reshape(1),
+        "plan": plan.lines,
+        "tables": block_tables,
+        "q": q,
+        "k": k_pages,
+        "v": v_pages,
+    }
+    if sliding_window is not None:
+        inputs["window"] = jnp.asarray(sliding_window, jnp.int32).reshape(1)
+    if sinks is not None:
+        inputs["sinks"] = sinks.astype(jnp.float32)
+    out, by_tile = sequential_vmap(functools.partial(_launch, case=case))(out, inputs)
+    if lse is not None:
+        lse = _scatter_lse(lse, by_tile, plan, H)
+    return out, lse
+
+
+@functools.partial(jax.jit, static_argnames="case")  # unrolled layers lower it once
+def _launch(out: Any, inputs: dict[str, Any], case: _Case) -> tuple[Any, Any]:
+    lines = inputs["plan"].shape[0] - 1
+    out_type = ()
+    if case.return_lse:
+        shape = (lines, case.head_items, CONSUMERS, ROWS)
+        out_type = (jax.ShapeDtypeStruct(shape, jnp.float32),)
+    by_tile = None
+
+    def run(out_ref):
+        nonlocal by_tile
+        names = (*inputs, "out", *(("lse",) if case.return_lse else ()))
+
+        def body(*refs, **scratch):
+            _program_body(dict(zip(names, refs, strict=True)), case, **scratch)
+
+        results = plgpu.kernel(
+            body,
+            out_type=out_type,
+            grid=(case.config.num_programs,),
+            grid_names=("program",),
+            num_threads=CONSUMERS + 1,
+            thread_name="thread",
+            scratch_types=_scratch(case),
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            ),
+            kernel_name="paxcache_prefill",
+            interpret=case.interpret,
+        )(*inputs.values(), out_ref)
+        if results:
+            (by_tile,) = results
+
+    (out,) = in_place(run, [out])
+    return out, by_tile
+
+
+def _scatter_lse(lse: Any, by_tile: Any, plan: Plan, num_heads: int) -> Any:
+    """Puts [tiles, items, consumers, rows] into [T, H]."""
+    tile = plan.made_for.tile_tokens
+    tiles = by_tile.shape[0]
+    if tile == ROWS:  # the consumers are two heads
+        by_token = by_tile.reshape(tiles, num_heads, tile)
+    else:  # or two halves of the tokens
+        by_token = by_tile.reshape(tiles, num_heads, tile)
+    offset = jnp.arange(tile, dtype=jnp.int32)
+    lines = plan.lines[1:, :, None]
+    mine = (offset >= lines[:, SKIP]) & (offset < lines[:, SKIP] + lines[:, COUNT])
+    mine &= jnp.arange(tiles)[:, None] < plan.lines[0, 0]
+    token = jnp.where(mine, lines[:, TOKEN] + offset, lse.shape[0])
+    return lse.at[token].set(jnp.moveaxis(by_token, 1, 2), mode="drop")

@@ -1,0 +1,118 @@
+"""Rows of a paged attention problem for the Hopper kernels, as data: inputs built from a case, and what to expect.
+
+The catalogue's cases are of any shape; these have the shapes that the kernels take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LAYERS, LAYER = 2, 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Rows and a model shape. `holes` are (row, table column) pairs."""
+
+    lens: tuple[int, ...]
+    query_lens: tuple[int, ...] | None = None
+    max_query_len: int = 1
+    kv_heads: int = 2
+    group: int = 4
+    head_dim: int = 64
+    page_size: int = 16
+    dtype: Any = jnp.bfloat16
+    holes: tuple[tuple[int, int], ...] = ()
+    gaps: bool = False  # tokens that no row owns
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+    causal: bool = True
+    block_tokens: int | None = None
+    piece_len: int | None = None
+    lanes: int | None = None
+
+
+def make_inputs(case: Case, seed: int) -> dict[str, Any]:
+    """Shuffled pages; slots that no row owns, other layers and recycled pages hold NaN."""
+    rng = np.random.default_rng(seed)
+    query_lens = case.query_lens or tuple(int(n > 0) for n in case.lens)
+    asked = np.array([n + case.gaps for n in query_lens])
+    starts = np.cumsum(asked) - asked + case.gaps
+    num_pages = [-(-n // case.page_size) for n in case.lens]
+    shuffled = rng.permutation(sum(num_pages) + 3)
+    tables = np.full((len(case.lens), max(num_pages) + 1), -1, np.int32)
+    owned = np.zeros((len(shuffled), case.page_size), bool)
+    for row, (length, count) in enumerate(zip(case.lens, num_pages, strict=True)):
+        tables[row, :count], shuffled = shuffled[:count], shuffled[count:]
+        slots = np.arange(length)
+        owned[tables[row, slots // case.page_size], slots % case.page_size] = True
+    for row, column in case.holes:
+        owned[tables[row, column]] = False
+        tables[row, column] = -1
+
+    def pool():
+        x = rng.standard_normal((LAYERS, owned.shape[0], case.kv_heads, case.page_size, case.head_dim))
+        x[:, ~owned.any(axis=1)] = np.nan
+        x = np.where(owned[None, :, None, :, None], x, np.nan)
+        x[:LAYER] = np.nan
+        return jnp.asarray(x).astype(case.dtype)
+
+    num_heads = case.kv_heads * case.group
+    num_tokens = int(starts[-1] + asked[-1] + 2 * case.gaps)
+    return {
+        "q": jnp.asarray(rng.standard_normal((num_tokens, num_heads, case.head_dim))).astype(case.dtype),
+        "k_pages": pool(),
+        "v_pages": pool(),
+        "layer": jnp.int32(LAYER),
+        "block_tables": jnp.asarray(tables),
+        "seq_lens": jnp.asarray(case.lens, jnp.int32),
+        "query_starts": jnp.asarray(starts, jnp.int32),
+        "query_lens": jnp.asarray(query_lens, jnp.int32),
+        "sinks": jnp.asarray(rng.standard_normal(num_heads), jnp.float32) if case.sinks else None,
+    }
+
+
+def oracle(case: Case, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Attention in float32, one query head at a time."""
+    q, k, v = (np.asarray(inputs[x], np.float32) for x in ("q", "k_pages", "v_pages"))
+    k, v = k[LAYER], v[LAYER]
+    tables, starts, query_lens = (
+        np.asarray(inputs[x]) for x in ("block_tables", "query_starts", "query_lens")
+    )
+    out, lse = np.zeros_like(q), np.full(q.shape[:2], -np.inf, np.float32)
+    for row, length in enumerate(case.lens):
+        key = np.arange(length)
+        page, offset = tables[row, key // case.page_size], key % case.page_size
+        for i, head in itertools.product(range(query_lens[row]), range(q.shape[1])):
+            position = length - query_lens[row] + i
+            seen = page >= 0
+            if case.causal:
+                seen = seen & (key <= position)
+            if case.window is not None:
+                seen = seen & (key > position - case.window)
+            at = page[seen], head // case.group, offset[seen]
+            scores = k[at] @ q[starts[row] + i, head] * case.head_dim**-0.5
+            if case.soft_cap is not None:
+                scores = case.soft_cap * np.tanh(scores / case.soft_cap)
+            if case.sinks:
+                scores = np.append(scores, np.asarray(inputs["sinks"])[head])
+            if scores.size:
+                total = np.logaddexp.reduce(scores)
+                lse[starts[row] + i, head] = total
+                out[starts[row] + i, head] = np.exp(scores[: seen.sum()] - total) @ v[at]
+    return out, lse
+
+
+def assert_right(case: Case, inputs: dict[str, Any], out: jax.Array, lse: jax.Array) -> None:
+    expected, expected_lse = oracle(case, inputs)
+    error = np.linalg.norm(np.asarray(out, np.float32) - expected) / np.linalg.norm(expected)
+    assert error < (1e-3 if case.dtype == jnp.float16 else 5e-3)  # NaN fails too
+    assert not np.asarray(out, np.float32)[expected_lse == -np.inf].any()
+    np.testing.assert_allclose(np.asarray(lse), expected_lse, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,349 @@
+"""The Hopper prefill kernel, and the choice between it and the decode kernel: interpreted, compiled, run on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+import aot
+from paxcache.kernels import _mosaic, attention_sm90, decode_sm90, prefill_sm90
+from rows import LAYERS, Case, assert_right, make_inputs
+
+CASES = {
+    "one row on a context": Case(lens=(200,), query_lens=(150,), head_dim=128, kv_heads=1, group=2),
+    "prompts, single tokens, idle rows, gaps": Case(
+        lens=(390, 300, 140, 77, 3, 128, 0), query_lens=(150, 1, 40, 1, 3, 64, 0), group=2, gaps=True
+    ),
+    "odd group, pages of 64": Case(lens=(390, 30, 200), query_lens=(150, 20, 140), kv_heads=1, group=3, page_size=64),
+    "window, holes, sinks, soft cap": Case(
+        lens=(390, 230, 100), query_lens=(100, 20, 70), kv_heads=1, group=2, window=100, sinks=True, soft_cap=2.0,
+        holes=((0, 18), (1, 9), (2, 1), (2, 3)),
+    ),
+    "window whose left is gone": Case(
+        lens=(500,), query_lens=(130,), kv_heads=1, group=2, window=100, holes=tuple((0, x) for x in range(16))
+    ),
+    "window without holes": Case(lens=(500,), query_lens=(200,), kv_heads=1, group=2, window=150),
+    "holes, one row all hole": Case(
+        lens=(290, 40), query_lens=(80, 20), kv_heads=1, group=2,
+        holes=((0, 0), (0, 5), (0, 18), (1, 0), (1, 1), (1, 2)),
+    ),
+    "head dim 256, pages of 8": Case(
+        lens=(190, 30), query_lens=(100, 20), kv_heads=1, group=2, head_dim=256, page_size=8
+    ),
+    "head dim 96, not causal, float16, pages of 128": Case(
+        lens=(190, 130), query_lens=(100, 20), kv_heads=1, group=2, head_dim=96, page_size=128, causal=False,
+        dtype=jnp.float16,
+    ),
+    "fewer tokens than a tile": Case(lens=(50, 20), query_lens=(20, 1), kv_heads=2, group=1, sinks=True),
+}  # fmt: skip
+
+
+def shapes(case: Case) -> dict[str, Any]:
+    return {
+        "num_heads": case.kv_heads * case.group,
+        "num_kv_heads": case.kv_heads,
+        "head_dim": case.head_dim,
+        "page_size": case.page_size,
+    }
+
+
+def run(case: Case, inputs: dict[str, Any], **options: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Not jitted as a whole: two kernels interpreted in one program can starve each other of threads."""
+    return attention_sm90.paged_attention(
+        **inputs,
+        max_query_len=inputs["q"].shape[0],
+        sm_scale=case.head_dim**-0.5,
+        soft_cap=case.soft_cap,
+        sliding_window=case.window,
+        causal=case.causal,
+        **{"plan": None, "return_lse": True} | options,
+    )
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Launches of a size that the interpreter gets through."""
+    prefill, decode = prefill_sm90.default_config, decode_sm90.default_config
+
+    def small_prefill(**options):
+        return dataclasses.replace(prefill(**options), num_programs=3, key_stages=2, value_stages=2)
+
+    def small_decode(**options):
+        made = decode(**options)
+        return dataclasses.replace(
+            made, num_programs=2 * made.lanes, min_programs=2 * made.lanes, num_stages=2
+        )
+
+    monkeypatch.setattr(prefill_sm90, "default_config", small_prefill)
+    monkeypatch.setattr(decode_sm90, "default_config", small_decode)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_without_races(name, few_programs):
+    case = CASES[name]
+    inputs = make_inputs(case, seed=len(name))
+    inputs["q"] = jnp.pad(
+        inputs["q"], ((0, max(0, 17 - inputs["q"].shape[0])), (0, 0), (0, 0))
+    )  # a mixed step
+    out, lse = run(case, inputs, interpret=_mosaic.interpreter(detect_races=True))
+    assert lse is not None
+    assert_right(case, inputs, out, lse)
+    assert not interpret_pallas_call.get_races().races_found
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_negative_scale(traced, few_programs):
+    case = Case(lens=(70,), query_lens=(40,), kv_heads=1, group=2)
+    inputs = make_inputs(case, seed=0)
+    flipped = inputs | {"q": -inputs["q"]}
+    wanted, _ = run(case, inputs, interpret=_mosaic.interpreter())
+
+    def f(scale):
+        return attention_sm90.paged_attention(
+            **flipped, max_query_len=40, sm_scale=scale, soft_cap=None, sliding_window=None, causal=True,
+            return_lse=False, plan=None, interpret=_mosaic.interpreter(),
+        )[0]  # fmt: skip
+
+    scale = -(case.head_dim**-0.5)
+    got = f(jnp.float32(scale)) if traced else f(scale)
+    np.testing.assert_array_equal(np.asarray(wanted), np.asarray(got))
+
+
+def test_under_vmap():
+    case = Case(lens=(70,), query_lens=(64,), kv_heads=1, group=2)
+    inputs = make_inputs(case, seed=0)
+    plan = prefill_sm90.prefill_plan(
+        *(inputs[x] for x in ("block_tables", "seq_lens", "query_starts", "query_lens")),
+        num_tokens=64,
+        num_heads=2,
+        num_kv_heads=1,
+        page_size=16,
+        config=prefill_sm90.Config(
+            num_programs=1, block_kv=128, key_stages=2, value_stages=2, output_over_queries=False
+        ),
+    )
+
+    def f(q):
+        arrays = (inputs[x] for x in ("k_pages", "v_pages", "layer", "block_tables"))
+        options = {"sm_scale": 0.125, "plan": plan, "interpret": _mosaic.interpreter()}
+        return prefill_sm90.prefill(jnp.zeros_like(q), q, *arrays, **options)[0]
+
+    qs = jnp.stack([inputs["q"], 2 * inputs["q"]])
+    np.testing.assert_array_equal(jax.vmap(f)(qs), jnp.stack([f(q) for q in qs]))
+
+
+def make_plan(
+    case: Case, inputs: dict[str, Any], num_heads: int | None, **options: Any
+) -> attention_sm90.Plan:
+    rows = (inputs[x] for x in ("block_tables", "seq_lens", "query_starts", "query_lens"))
+    T = inputs["q"].shape[0]
+    sizes = shapes(case) | {"num_heads": num_heads}
+    return attention_sm90.make_plan(
+        *rows, num_tokens=T, max_query_len=T, dtype=case.dtype, sliding_window=case.window, causal=case.causal,
+        **sizes, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
+def test_plan_without_query_heads_fits(group):
+    """`extend` does not know H: its plan is of the form that every usual group needs."""
+    case = Case(lens=(70, 9), query_lens=(40, 1), kv_heads=2, group=group)
+    inputs = make_inputs(case, seed=0)
+    unknown, known = (make_plan(case, inputs, heads) for heads in (None, 2 * group))
+    for kind in ("decode", "prefill"):
+        (wanted,) = getattr(known, kind)
+        (found,) = (plan for plan in getattr(unknown, kind) if plan.made_for == wanted.made_for)
+        np.testing.assert_array_equal(found.lines, wanted.lines)
+
+
+def test_plan_that_fits_is_used(few_programs, monkeypatch):
+    case = Case(lens=(70, 9), query_lens=(40, 1), kv_heads=2, group=3)
+    inputs = make_inputs(case, seed=0)
+    plan = make_plan(case, inputs, None)
+
+    def refuse(*_, **__):
+        raise AssertionError("made a plan of its own")
+
+    monkeypatch.setattr(attention_sm90, "make_plan", refuse)
+    out, lse = run(case, inputs, interpret=_mosaic.interpreter(), plan=plan)
+    assert lse is not None
+    assert_right(case, inputs, out, lse)
+
+
+def test_plan_of_another_shape_is_not_used(few_programs):
+    case = Case(lens=(70, 9), query_lens=(40, 1), kv_heads=2, group=2)
+    inputs = make_inputs(case, seed=0)
+    other = make_plan(dataclasses.replace(case, kv_heads=1, group=3), inputs, 3)
+    out, lse = run(case, inputs, interpret=_mosaic.interpreter(), plan=other)
+    assert lse is not None
+    assert_right(case, inputs, out, lse)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("window", "causal"), [(None, True), (None, False), (90, True), (300, False)])
+def test_plan_covers_what_is_seen(seed, window, causal):
+    """Every query token stands in one tile, whose blocks hold all that it sees; blocks unmasked are seen in full."""
+    p, rng = prefill_sm90, np.random.default_rng(seed)
+    queries = rng.choice([0, 1, 2, 63, 64, 65, 200, 511], 5)
+    lens = queries + rng.choice([0, 1, 100, 640], 5)
+    gaps = rng.integers(0, 3, 5)
+    starts = np.cumsum(queries + gaps) - queries
+    T = max(int(starts[-1] + queries[-1]), 64)
+    tables = rng.integers(0, 99, (5, 80))
+    holed = rng.integers(0, 5)
+    tables[holed, 0] = -1
+    config = p.Config(num_programs=4, block_kv=128, key_stages=2, value_stages=2, output_over_queries=False)
+    made = p.prefill_plan(
+        *(jnp.asarray(x, jnp.int32) for x in (tables, lens, starts, queries)),
+        num_tokens=T, num_heads=8, num_kv_heads=2, page_size=16, min_query_len=2, sliding_window=window,
+        causal=causal, config=config,
+    )  # fmt: skip
+    lines = np.asarray(made.lines)
+    count = lines[0, 0]
+    assert count <= len(lines) - 1
+    costs = lines[1 : count + 1, p.BLOCKS]
+    assert (np.diff(costs) <= 0).all()
+    seen = []
+    for line in lines[1 : count + 1]:
+        row, length = line[p.ROW], line[p.LENGTH]
+        assert length == lens[row]
+        assert 0 <= line[p.TOKEN] <= T - 64
+        assert 1 <= line[p.FULL_BEGIN] <= line[p.FULL_END] <= line[p.BLOCKS]
+        assert line[p.HOLES_END] in (0, line[p.FULL_BEGIN])
+        first_key = line[p.FIRST_BLOCK] * 128
+        end_key = first_key + line[p.BLOCKS] * 128
+        full = end_key - 128 * line[p.FULL_END], end_key - 128 * line[p.FULL_BEGIN]
+        for i in range(line[p.SKIP], line[p.SKIP] + line[p.COUNT]):
+            token, position = line[p.TOKEN] + i, line[p.POSITION] + i
+            assert position == length - queries[row] + token - starts[row]
+            seen.append((row, token - starts[row]))
+            low = 0 if window is None else max(0, position - window + 1)
+            high = position + 1 if causal else length
+            assert first_key <= low
+            assert high <= end_key
+            if full[0] < full[1]:
+                assert low <= full[0]
+                assert full[1] <= high
+        if row == holed and (window is None or line[p.FULL_BEGIN] == line[p.FULL_END] == line[p.BLOCKS]):
+            assert line[p.HOLES_END] == line[p.BLOCKS]
+    assert sorted(seen) == [(b, i) for b in range(5) if queries[b] >= 2 for i in range(queries[b])]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"kv_dtype": jnp.float32, "q_dtype": jnp.float32}, "bfloat16 or float16"),
+        ({"q_dtype": jnp.float32}, "share a dtype"),
+        ({"v_head_dim": 64}, "one width"),
+        ({"head_dim": 80, "v_head_dim": 80}, "head_dim must be"),
+        ({"page_size": 12}, "multiple of 8"),
+        ({"limits": _mosaic.DeviceLimits(compute_capability=(8, 0))}, "Hopper"),
+    ],
+)
+def test_refusals_name_the_reason(change, reason):
+    supported = {
+        "head_dim": 128, "v_head_dim": 128, "page_size": 16, "q_dtype": jnp.bfloat16, "kv_dtype": jnp.bfloat16,
+    }  # fmt: skip
+    attention_sm90.check_supported(**supported)
+    for check in (attention_sm90.check_supported, prefill_sm90.check_supported):
+        with pytest.raises(NotImplementedError, match=reason):
+            check(**supported | change)
+
+
+# Every value of every feature; `all_features` is the full product.
+FEATURES = [
+    Case(lens=(), kv_heads=8, head_dim=128),
+    Case(lens=(), kv_heads=2, head_dim=64, group=8, window=100, soft_cap=30.0, sinks=True),
+    Case(lens=(), kv_heads=8, head_dim=96, group=5, page_size=64, dtype=jnp.float16, window=100),
+    Case(lens=(), kv_heads=1, head_dim=128, group=7, page_size=128, causal=False, sinks=True),
+]
+
+
+def all_features() -> list[Case]:
+    """Too many to compile at every change: ``python tests/test_prefill_sm90.py`` does."""
+    return [
+        Case(
+            lens=(), kv_heads=8, head_dim=head_dim, group=group, page_size=page_size, dtype=dtype, window=window,
+            soft_cap=soft_cap, sinks=window is not None,
+        )
+        for head_dim in (64, 96, 128, 192, 256)
+        for dtype in (jnp.bfloat16, jnp.float16)
+        for group in (1, 4, 5)
+        for page_size, window, soft_cap in ((16, None, None), (128, 100, None), (8, None, 30.0), (48, 100, 30.0))
+    ]  # fmt: skip
+
+
+def compile_case(case: Case) -> aot.Compiled:
+    B, M, P, T = 16, 64, 1000, 2048
+    H, i32, f32 = case.kv_heads * case.group, jnp.int32, jnp.float32
+    row, scalar = jax.ShapeDtypeStruct((B,), i32), jax.ShapeDtypeStruct((), i32)
+    q = jax.ShapeDtypeStruct((T, H, case.head_dim), case.dtype)
+    pool = jax.ShapeDtypeStruct((LAYERS, P, case.kv_heads, case.page_size, case.head_dim), case.dtype)
+    limits = _mosaic.DeviceLimits()
+    config = prefill_sm90.default_config(head_dim=case.head_dim, dtype=case.dtype, limits=limits)
+
+    def f(out, lse, q, k, v, layer, tables, lens, starts, query_lens, scale, window, sinks):
+        window = None if case.window is None else window
+        plan = prefill_sm90.prefill_plan(
+            tables, lens, starts, query_lens, num_tokens=T, num_heads=H, num_kv_heads=case.kv_heads,
+            page_size=case.page_size, sliding_window=window, causal=case.causal, config=config,
+        )  # fmt: skip
+        return prefill_sm90.prefill(
+            out, q, k, v, layer, tables, sm_scale=scale, soft_cap=case.soft_cap, sliding_window=window,
+            sinks=sinks if case.sinks else None, causal=case.causal, lse=lse, plan=plan,
+        )  # fmt: skip
+
+    lse, sinks, scale = (jax.ShapeDtypeStruct(x, f32) for x in ((T, H), (H,), ()))
+    tables = jax.ShapeDtypeStruct((B, M), i32)
+    args = q, lse, q, pool, pool, scalar, tables, row, row, row, scale, scalar, sinks
+    return aot.compile_for_h200(f, *args, donate=(0, 1))
+
+
+def assert_fits(case: Case, compiled: aot.Compiled) -> None:
+    (kernel,) = compiled.kernels
+    assert kernel.spill_bytes == 0
+    P, K, S, D = 1000, case.kv_heads, case.page_size, case.head_dim
+    assert not re.search(rf"= \S*\[{LAYERS},{P},{K},{S},{D}\]\S* copy\(", compiled.hlo)
+
+
+@pytest.mark.skipif(not aot.available(), reason="JAX's CUDA plug-in is not installed")
+@pytest.mark.parametrize("number", range(len(FEATURES)))
+def test_compiles_without_spills(number):
+    assert_fits(FEATURES[number], compile_case(FEATURES[number]))
+
+
+def lengthened(case: Case) -> Case:
+    """Long enough that all of a GPU's programs have work; holes keep their places."""
+    queries = case.query_lens or ()
+    return dataclasses.replace(
+        case, lens=tuple(9 * n for n in case.lens), query_lens=tuple(5 * n for n in queries)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("lengthen", [False, True])
+def test_on_gpu(name, lengthen):
+    case = lengthened(CASES[name]) if lengthen else CASES[name]
+    inputs = make_inputs(case, seed=int(np.random.default_rng().integers(1 << 30)))
+    runs = []
+    for _ in range(4):
+        jnp.full((1 << 24,), jnp.nan).block_until_ready()  # what the outputs' memory holds before
+        runs.append(run(case, inputs))
+    assert_right(case, inputs, *runs[0])
+    for other in runs[1:]:
+        for x, y in zip(runs[0], other, strict=True):
+            np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+if __name__ == "__main__":
+    for feature in all_features():
+        (kernel,) = compile_case(feature).kernels
+        print(kernel.spill_bytes, "bytes spilled", feature, flush=True)
