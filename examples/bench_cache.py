@@ -12,14 +12,13 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections import Counter
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import paxcache
+from timing import device_events
 
 MAX_LEN = 4096
 
@@ -114,22 +113,6 @@ def bookkeeping() -> None:
     print(f"{total:.1f} device activities a step, {busy:.0f} µs busy")
     for name, (count, duration) in sorted(kernels.items(), key=lambda item: -item[1][1]):
         print(f"  {count / repeats:5.1f} x {name:60.60} {duration / repeats:7.1f} µs")
-
-
-def device_events(folder: str) -> dict[str, tuple[int, float]]:
-    """Per name, how often a kernel or copy ran on the GPU and its microseconds, from a profiler trace."""
-    data = jax.profiler.ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
-    counts: Counter[str] = Counter()
-    durations: Counter[str] = Counter()
-    for plane in data.planes:
-        if "GPU" not in plane.name:
-            continue
-        for line in plane.lines:
-            if line.name and line.name.startswith("Stream"):
-                for event in line.events:
-                    counts[event.name] += 1
-                    durations[event.name] += event.duration_ns / 1000
-    return {name: (counts[name], durations[name]) for name in counts}
 
 
 if __name__ == "__main__":
