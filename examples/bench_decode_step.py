@@ -138,16 +138,16 @@ def next_token(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def paged_step(shape: Shape, params: Any, cache: paxcache.PagedKVCache, tokens: jax.Array) -> tuple[Any, ...]:
     """One token of every row through pages; a scan where the layers are stacked."""
     B = len(tokens)
-    cache, step = paxcache.extend(cache, jnp.ones(B, jnp.int32), num_tokens=B)
+    cache, step = paxcache.extend(cache, jnp.ones(B, jnp.int32), max_query_len=1)
 
     def one(carry, layer):
         (x, cache), (w, index) = carry, layer
 
         def attend(q, k, v):
-            written = paxcache.append(cache, (0, index), k, v, step)
-            return paxcache.attend(written, (0, index), q, step), written
+            written = paxcache.append(cache, (0, index), k[:, None], v[:, None], step)
+            return paxcache.attend(written, (0, index), q[:, None], step)[:, 0], written
 
-        return layer_step(shape, w, x, step.positions, attend), None
+        return layer_step(shape, w, x, step.positions[:, 0], attend), None
 
     carry = params["embed"][tokens], cache
     if isinstance(params["layers"], list):

@@ -28,6 +28,7 @@ __all__ = [
     "in_place",
     "interpreter",
     "matrix_tiles",
+    "off_mesh",
     "pl",
     "plgpu",
     "varying_like",
@@ -127,6 +128,16 @@ def varying_like(x: Any, like: Any) -> Any:
     """
     axes = tuple(_varying_axes(like) - _varying_axes(x))
     return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
+def off_mesh(run: Callable[[Any], Any], inputs: Any) -> Any:
+    """``run(inputs)`` for kernels that take no value which shard_map types as differing over the mesh.
+
+    The types are taken off the inputs, and put on all results.
+    """
+    axes = frozenset[str]().union(*map(_varying_axes, jax.tree.leaves(inputs)))
+    results = run(jax.tree.map(lambda x: _invarying_p.bind(x) if _varying_axes(x) else x, inputs))
+    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes), to="varying"), results) if axes else results
 
 
 def in_place(run: Callable[..., None], arrays: Sequence[Any]) -> list[Any]:

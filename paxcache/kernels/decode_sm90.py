@@ -37,9 +37,9 @@ from paxcache.kernels._mosaic import (
     arrive,
     device_limits,
     matrix_tiles,
+    off_mesh,
     pl,
     plgpu,
-    varying_like,
 )
 
 if TYPE_CHECKING:
@@ -1071,7 +1071,7 @@ def decode(
     if sinks is not None:
         inputs["sinks"] = sinks
     # A batched grid would share the counters of arrivals: under vmap the launches run one after another.
-    return sequential_vmap(functools.partial(_launch, case=case, interpret=interpret))(inputs)
+    return off_mesh(sequential_vmap(functools.partial(_launch, case=case, interpret=interpret)), inputs)
 
 
 @functools.partial(jax.jit, static_argnames=("case", "interpret"))  # unrolled layers lower it once
@@ -1148,8 +1148,8 @@ def _launch(inputs: dict[str, Any], case: _Case, interpret: Any) -> tuple[Any, A
         )
         join(*given.values(), *written.values())
         results |= {x: ref[...] for x, ref in written.items()}
-    lse = varying_like(_packed_lse(results["lse"], inputs, case, T), q) if case.return_lse else None
-    return varying_like(results["out"][..., :D], q), lse
+    lse = _packed_lse(results["lse"], inputs, case, T) if case.return_lse else None
+    return results["out"][..., :D], lse
 
 
 def _packed_lse(lse: Any, inputs: dict[str, Any], case: _Case, num_tokens: int) -> Any:

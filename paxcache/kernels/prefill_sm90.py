@@ -34,6 +34,7 @@ from paxcache.kernels._mosaic import (
     device_limits,
     in_place,
     matrix_tiles,
+    off_mesh,
     pl,
     plgpu,
 )
@@ -821,7 +822,8 @@ def prefill(
         inputs["window"] = jnp.asarray(sliding_window, jnp.int32).reshape(1)
     if sinks is not None:
         inputs["sinks"] = sinks.astype(jnp.float32)
-    out, by_tile = sequential_vmap(functools.partial(_launch, case=case))(out, inputs)
+    launch = sequential_vmap(functools.partial(_launch, case=case))
+    out, by_tile = off_mesh(lambda args: launch(*args), (out, inputs))
     if lse is not None:
         lse = _scatter_lse(lse, by_tile, plan, H)
     return out, lse
