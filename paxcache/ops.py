@@ -369,6 +369,8 @@ def write_pages(
     v: Float[Array, "T K Dv"] | None,
     slot_mapping: Int[Array, "T"],
     *,
+    k_head: int | None = None,
+    v_head: int | None = None,
     layer: Int32[Array, ""] | int | None = None,
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "L P K S D"], Float[Array, "L P K S Dv"] | None]:
@@ -378,6 +380,9 @@ def write_pages(
       k_pages, v_pages: the pools; v_pages None where keys serve as values.
       k, v: [T, K, D] and [T, K, Dv], cast to the pools' dtype. v is None exactly where v_pages is.
       slot_mapping: integer[T], ``page * S + offset``; slots outside [0, P * S) are dropped. No slot may stand twice.
+      k_head, v_head: first head of ``k`` and of ``v`` to write, where they have more than K. Both may be a fused
+        projection of H + 2 K heads, with ``k_head=H, v_head=H + K``: kernels then read it where it lies, while a slice
+        of it would be copied first.
       layer: index into the leading axis of the pools, may be traced.
       implementation: see the module's text.
 
@@ -402,23 +407,42 @@ def write_pages(
     layer, (k_pages, v_pages) = _as_stacked("write_pages", layer, k_pages, v_pages)
     _check_pools(k_pages, v_pages)
     _, _, K, _, D = k_pages.shape
-    k = _checks.array("k", k, "T K D", dtype=jnp.floating, K=K, D=D)
+    k = _checks.array("k", k, "T K D", dtype=jnp.floating, D=D)
+    k_start, v_start = _first_head("k", k, k_head, K), 0
     if (v is None) != (v_pages is None):
         raise ValueError("v: expected None exactly where v_pages is None (keys serve as values)")
     if v_pages is not None:
-        v = _checks.array("v", v, "T K Dv", dtype=jnp.floating, T=k.shape[0], K=K, Dv=v_pages.shape[-1])
+        v = _checks.array("v", v, "T K Dv", dtype=jnp.floating, T=k.shape[0], Dv=v_pages.shape[-1])
+        v_start = _first_head("v", v, v_head, K)
     slots = _checks.slots("slot_mapping", slot_mapping, "T", T=k.shape[0])
     k_pages, v_pages, k, v = _no_derivative("write_pages", (k_pages, v_pages, k, v))
-    arguments = k_pages, v_pages, k, v, slots, layer
     k_pages, v_pages = _dispatch(
         "write_pages",
         implementation,
-        mosaic_gpu=_mosaic("write_sm90", "write_pages", *arguments),
-        xla=lambda: xla.write_pages(*arguments),
+        mosaic_gpu=_mosaic(
+            "write_sm90", "write_pages", k_pages, v_pages, k, v, slots, layer, k_head=k_start, v_head=v_start
+        ),
+        xla=lambda: xla.write_pages(
+            k_pages,
+            v_pages,
+            k[:, k_start : k_start + K],
+            None if v is None else v[:, v_start : v_start + K],
+            slots,
+            layer,
+        ),
     )
     if not stacked:
         return k_pages[0], None if v_pages is None else v_pages[0]
     return k_pages, v_pages
+
+
+def _first_head(name: str, x: jax.Array, first: int | None, num_heads: int) -> int:
+    """The first head to write; there must be K from it on, and no others if it was not given."""
+    start = 0 if first is None else _checks.static_int(f"{name}_head", first, minimum=0)
+    if x.shape[1] < start + num_heads or (first is None and x.shape[1] != num_heads):
+        here = "" if first is None else f" from {name}_head={first} on"
+        raise ValueError(f"{name}: expected K={num_heads} heads{here}, got {_checks.describe(x)}")
+    return start
 
 
 def _check_pages(pages: Any) -> int:

@@ -550,6 +550,30 @@ def test_write_pages_names_the_bad_argument(what):
         ops.write_pages(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("heads", "match"),
+    [({}, "k: expected K=2 heads, got"), ({"k_head": 5}, "k_head=5"), ({"k_head": 0, "v_head": 5}, "v_head=5"),
+     ({"k_head": -1}, "k_head must be at least 0")],
+)  # fmt: skip
+def test_write_pages_names_bad_heads(heads, match):
+    fused = jnp.zeros((_SLOTS.shape[0], 3 * _K.shape[1], _K.shape[2]))
+    with pytest.raises(ValueError, match=match):
+        ops.write_pages(_POOL, _POOL, fused, fused, _SLOTS, **heads)
+
+
+@pytest.mark.parametrize("implementation", catalogue.IMPLEMENTATIONS)
+def test_write_pages_reads_heads_of_a_fused_projection(implementation):
+    qkv = jnp.asarray(np.random.default_rng(0).standard_normal((4, 8, 64)), jnp.bfloat16)  # [T, H + 2 K, D]
+    pool, slots = jnp.zeros((3, 2, 8, 64), jnp.bfloat16), jnp.array([5, 23, -1, 0])
+    wanted = ops.write_pages(pool, pool, qkv[:, 4:6], qkv[:, 6:], slots, implementation="xla")
+    try:
+        got = ops.write_pages(pool, pool, qkv, qkv, slots, k_head=4, v_head=6, implementation=implementation)
+    except NotImplementedError as error:
+        assert implementation != "xla"
+        pytest.skip(str(error))
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
 _PAGES = _page_tree()
 _IDS = jnp.zeros(2, jnp.int32)
 _BLOCKS = jax.tree.map(lambda x: jnp.zeros((2, 3, *x.shape[2:]), x.dtype), _PAGES)
