@@ -13,6 +13,7 @@ The cache is a value: `init` makes one, and every other function takes one and r
 """
 
 from paxcache import ops as ops
+from paxcache import prefix as prefix
 from paxcache import sharding as sharding
 from paxcache._cache import append as append
 from paxcache._cache import attend as attend

@@ -29,6 +29,7 @@ from paxcache._allocator import cdiv, idle_rows
 from paxcache._cache import extend, release
 from paxcache._sampling import Rules, Sampling, log_probability, per_prompt, resolve, sample
 from paxcache._types import INT32_MAX, PagedKVCache
+from paxcache.prefix import device
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float32, Int32
@@ -75,6 +76,8 @@ class Generation:
     """Log-probability of each token under the model's raw logits, 0 past the length; None if not asked for."""
     cache: PagedKVCache
     """The cache; every row that generation used is idle again."""
+    index: device.DeviceIndex | None
+    """The prefix index, which holds the pages of prompts and generated tokens; None if none was given."""
     num_steps: Int32[Array, ""]
     """Forward passes."""
     num_preemptions: Int32[Array, ""]
@@ -95,6 +98,7 @@ class _Job(NamedTuple):
     seeds: Int32[Array, "N"]
     stop_tokens: Int32[Array, "N E"]  # -1 is padding
     rules: Rules
+    families: Int32[Array, "N"] | None  # see `_families`; None without an index
 
 
 @jax.tree_util.register_dataclass
@@ -103,6 +107,7 @@ class _State:
     """What the program's loops carry."""
 
     cache: PagedKVCache
+    index: device.DeviceIndex | None
     tokens: Int32[Array, "N W"]
     num_tokens: Int32[Array, "N"]  # prompt and generated
     reasons: Int32[Array, "N"]
@@ -153,23 +158,53 @@ def _sum_of_older(prompts: Int32[Array, "R"], values: Int32[Array, "R"]) -> Int3
 # The parts of the program, each from a state to a state.
 
 
-def _admit(job: _Job, state: _State, *, chunk_size: int) -> _State:
+def _families(tokens: Int32[Array, "N L"], lens: Int32[Array, "N"], page_size: int) -> Int32[Array, "N"]:
+    """For each prompt the lowest one that begins with the same full page, itself if it has no more than a page."""
+    N = tokens.shape[0]
+    first = tokens[:, :page_size]
+    longer = lens > page_size
+    alike = (first[:, None, :] == first[None, :, :]).all(axis=-1) & longer[:, None] & longer[None, :]
+    return jnp.argmax(alike | jnp.eye(N, dtype=bool), axis=1).astype(jnp.int32)
+
+
+def _leaders(job: _Job, state: _State, waiting: Bool[Array, "N"]) -> Bool[Array, "N N"]:
+    """For each waiting prompt those that had better compute the first page which they share before it starts."""
+    assert state.index is not None
+    assert job.families is not None
+    N, S = state.tokens.shape[0], state.cache.page_size
+    width = min(S + 1, state.tokens.shape[1])
+    first = device.match(state.index, state.tokens[:, :width], jnp.minimum(state.num_tokens, width))
+    computing = (
+        jnp.zeros(N, bool).at[state.lane_prompts].set((state.wanted > 1) & ~state.starved, mode="drop")
+    )
+    prompts = jnp.arange(N, dtype=jnp.int32)
+    before = waiting[None, :] & (prompts[None, :] < prompts[:, None])
+    alike = job.families[:, None] == job.families[None, :]
+    return alike & (computing[None, :] | before) & (waiting & (first.num_tokens == 0))[:, None]
+
+
+def _admit(job: _Job, state: _State, *, chunk_size: int) -> tuple[_State, Bool[Array, ""]]:
     """Gives idle lanes to waiting prompts, lowest first, as long as the pages of all running prompts suffice.
 
     Pages are counted by what each prompt will hold when it has computed its tokens and one more, not by what it maps
     now, so that prompts admitted together do not count the same free pages twice. While nothing runs the first prompt
-    is admitted whatever the count: its steps find out whether it can go on.
+    is admitted whatever the count: its steps find out whether it can go on. Also says whether prompts wait for pages
+    that are being computed, and are to be looked at again when those have been.
     """
     cache, N, R = state.cache, state.tokens.shape[0], state.lane_rows.shape[0]
     seated = jnp.zeros(N, bool).at[state.lane_prompts].set(True, mode="drop")
     waiting = (state.reasons == StopReason.UNFINISHED) & ~seated
+    leaders = jnp.zeros((1, 1), bool)
+    if state.index is not None:
+        leaders = _leaders(job, state, waiting)
+        waiting &= ~leaders.any(axis=1)
     idle = (state.lane_prompts == N) & (state.lane_rows < cache.max_seqs)
     turn, seat = jnp.cumsum(waiting, dtype=jnp.int32) - 1, jnp.cumsum(idle, dtype=jnp.int32) - 1
 
     row_capacity = cache.max_pages_per_seq * cache.page_size
     soon = jnp.minimum(jnp.minimum(state.num_tokens + 1, job.limits - 1), row_capacity)
     fits = jnp.bool_(True)
-    for group in cache.groups:
+    for g, group in enumerate(cache.groups):
         pages = cdiv(soon, cache.page_size)
         if group.sliding_window is not None:  # pages left of the window come back, one step after the chunk
             most = cdiv(group.sliding_window + 2 * chunk_size, cache.page_size) + 1
@@ -178,17 +213,26 @@ def _admit(job: _Job, state: _State, *, chunk_size: int) -> _State:
         mapped = (group.block_tables >= 0).sum(axis=1, dtype=jnp.int32)
         mapped = jnp.sum(mapped.at[state.lane_rows].get(mode="fill", fill_value=0), dtype=jnp.int32)
         free = (group.ref_counts == 0).sum(dtype=jnp.int32)
+        if state.index is not None:  # pages that the index alone holds make way
+            stored = state.index.depths >= 0
+            free += (stored & (group.ref_counts[state.index.pages[g]] == 1)).sum(dtype=jnp.int32)
         new = jnp.cumsum(jnp.where(waiting & (turn < R), pages, 0), dtype=jnp.int32)
         fits &= held + new <= free + mapped
     fits |= (turn == 0) & ~state.running.any()
     admitted = waiting & fits & (turn < idle.sum(dtype=jnp.int32))
 
     next_prompts = _scatter(R, N, admitted, turn, jnp.arange(N, dtype=jnp.int32))
-    return dataclasses.replace(
-        state,
-        lane_prompts=jnp.where(idle, next_prompts[jnp.maximum(seat, 0)], state.lane_prompts),
-        starved=state.starved & ~idle,
+    lane_prompts = jnp.where(idle, next_prompts[jnp.maximum(seat, 0)], state.lane_prompts)
+    index = state.index
+    if index is not None:  # what is stored of a prompt is in its row from the start
+        prompts = jnp.minimum(lane_prompts, N - 1)
+        rows = jnp.where(idle & (lane_prompts < N), state.lane_rows, -1)
+        cache, index, _ = device.admit(cache, index, rows, state.tokens[prompts], state.num_tokens[prompts])
+    state = dataclasses.replace(
+        state, cache=cache, index=index, lane_prompts=lane_prompts, starved=state.starved & ~idle
     )
+    seated = jnp.zeros(N, bool).at[lane_prompts].set(True, mode="drop")
+    return state, (leaders & seated).any()
 
 
 def _share_out(state: _State, *, num_tokens: int) -> tuple[Int32[Array, "R"], Int32[Array, "R"]]:
@@ -216,6 +260,11 @@ def _step(model_fn: ModelFn, params: Any, job: _Job, state: _State, *, num_token
     """Computes the lanes' next tokens, `num_tokens` at most, and samples where a lane has computed all it has."""
     B, N, R = state.cache.max_seqs, state.tokens.shape[0], state.lane_rows.shape[0]
     wanted, prompts = state.wanted, state.prompts
+    if state.index is not None:
+        _, asked = _share_out(state, num_tokens=num_tokens)
+        query_lens = jnp.zeros(B, jnp.int32).at[state.lane_rows].set(asked, mode="drop")
+        cache, index, _ = device.make_room(state.cache, state.index, query_lens, num_tokens=num_tokens)
+        state = dataclasses.replace(state, cache=cache, index=index)
     granted, asked = _share_out(state, num_tokens=num_tokens)
     query_lens = jnp.zeros(B, jnp.int32).at[state.lane_rows].set(granted, mode="drop")
     cache, step = extend(state.cache, query_lens, num_tokens=num_tokens)
@@ -275,9 +324,14 @@ def _retire(state: _State) -> _State:
     leaves = (state.lane_prompts < N) & (reasons[state.prompts] != StopReason.UNFINISHED)
     leaves |= preempted & (jnp.arange(R, dtype=jnp.int32) == youngest)
     rows = jnp.zeros(B, bool).at[state.lane_rows].set(leaves, mode="drop")
+    cache, index = state.cache, state.index
+    if index is not None:  # also of rows that go on, so that the next prompts find it
+        published = jnp.where(state.lane_prompts < N, state.lane_rows, -1)
+        cache, index, _ = device.publish(cache, index, published, state.tokens[state.prompts], state.cached)
     return dataclasses.replace(
         state,
-        cache=release(state.cache, rows),
+        cache=release(cache, rows),
+        index=index,
         reasons=reasons,
         lane_prompts=jnp.where(leaves, N, state.lane_prompts),
         starved=state.starved & ~leaves,
@@ -304,12 +358,12 @@ def _advance(
         return ((state.wanted > 1) & ~state.starved).any()
 
     def cycle(state):
-        state = _admit(job, state, chunk_size=chunk_size)
+        state, others_wait = _admit(job, state, chunk_size=chunk_size)
         state = jax.lax.while_loop(
             lambda s: goes_on(s) & has_chunks(s), functools.partial(run, num_tokens=chunk_size), state
         )
         state = jax.lax.while_loop(
-            lambda s: goes_on(s) & s.running.any() & ~has_chunks(s),
+            lambda s: goes_on(s) & s.running.any() & ~has_chunks(s) & ~others_wait,
             functools.partial(run, num_tokens=state.lane_rows.shape[0]),
             state,
         )
@@ -399,6 +453,7 @@ class _Program(NamedTuple):
             state.reasons,
             state.logprobs,
             state.cache,
+            state.index,
             state.num_steps,
             state.num_preemptions,
         )
@@ -482,6 +537,7 @@ def _prepare(
     cache: PagedKVCache,
     prompts: Any,
     *,
+    index: device.DeviceIndex | None = None,
     max_new_tokens: int,
     prompt_lens: Any = None,
     limits: Any = None,
@@ -498,6 +554,8 @@ def _prepare(
         raise TypeError(f"cache: expected a PagedKVCache, got {type(cache).__name__}")
     if not isinstance(sampling, Sampling):
         raise TypeError(f"sampling: expected a Sampling, got {sampling!r}")
+    if index is not None and not isinstance(index, device.DeviceIndex):
+        raise TypeError(f"index: expected a prefix.device.DeviceIndex, got {type(index).__name__}")
     max_new_tokens = _checks.static_int("max_new_tokens", max_new_tokens, minimum=1)
     tokens, lens = _read_prompts(prompts, prompt_lens)
     N, width = tokens.shape
@@ -520,9 +578,10 @@ def _prepare(
         seeds=per_prompt("seeds", jnp.arange(N, dtype=jnp.int32) if seeds is None else seeds, N, jnp.int32),
         stop_tokens=_read_stop_tokens(stop_tokens, N),
         rules=resolve(sampling, N),
+        families=None if index is None else _families(tokens, lens, cache.page_size),
     )
     state = _start(job, tokens, cache, max_new_tokens=max_new_tokens, return_logprobs=return_logprobs)
-    return _Program(model_fn, params, job, _State(cache, *state), chunk_size, max_new_tokens)
+    return _Program(model_fn, params, job, _State(cache, index, *state), chunk_size, max_new_tokens)
 
 
 def generate(
@@ -531,6 +590,7 @@ def generate(
     cache: PagedKVCache,
     prompts: Any,
     *,
+    index: device.DeviceIndex | None = None,
     max_new_tokens: int,
     prompt_lens: Any = None,
     limits: Any = None,
@@ -565,6 +625,9 @@ def generate(
       params: a pytree of arrays, handed to model_fn.
       cache: where keys and values go; donated, go on with the one that comes back. Outside jit only.
       prompts: lists of token ids, or an array i32[N, L] padded at the end.
+      index: from `prefix.device.init` or an earlier call with this cache: prompts begin with the pages that are stored
+        of them, and what is computed is stored for later ones, also of this call, until its pages are needed. Donated
+        too. None: nothing outlives its row.
       max_new_tokens: most tokens to generate from each prompt (static).
       prompt_lens: i32[N] lengths of prompts given as an array; None: all L.
       limits: a number or i32[N]: tokens for each prompt, at most max_new_tokens; None: max_new_tokens for all.
@@ -598,9 +661,10 @@ def generate(
       ['STOP_TOKEN', 'STOP_TOKEN', 'STOP_TOKEN']
 
     Reference: iteration-level scheduling, Orca (Yu et al., 2022); preemption by recomputation, vLLM (Kwon et al.,
-    2023); chunked prefill, Sarathi-Serve (Agrawal et al., 2024).
+    2023); chunked prefill, Sarathi-Serve (Agrawal et al., 2024); reuse of prefixes, SGLang (Zheng et al., 2024).
     """
     arguments = {
+        "index": index,
         "max_new_tokens": max_new_tokens,
         "prompt_lens": prompt_lens,
         "limits": limits,
@@ -714,6 +778,7 @@ def stream(
     cache: PagedKVCache,
     prompts: Any,
     *,
+    index: device.DeviceIndex | None = None,
     max_new_tokens: int,
     prompt_lens: Any = None,
     limits: Any = None,
@@ -732,8 +797,8 @@ def stream(
     `generate`, whatever the interval.
 
     Args:
-      model_fn, params, cache, prompts, max_new_tokens, prompt_lens, limits, sampling, stop_tokens, seeds, chunk_size,
-        return_logprobs: as in `generate`.
+      model_fn, params, cache, prompts, index, max_new_tokens, prompt_lens, limits, sampling, stop_tokens, seeds,
+        chunk_size, return_logprobs: as in `generate`.
       interval: steps between two looks. 1 gives each token at once; more cost fewer waits for the host.
       progress: shows a progress bar (tqdm) that counts tokens.
 
@@ -769,6 +834,7 @@ def stream(
         params,
         cache,
         prompts,
+        index=index,
         max_new_tokens=max_new_tokens,
         prompt_lens=prompt_lens,
         limits=limits,

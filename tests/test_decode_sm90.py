@@ -220,32 +220,6 @@ def test_plan_visits_every_tile_once(piece_len, window, seed):
     assert not lines[ranges + 6 :].any()
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"kv_dtype": jnp.float32, "q_dtype": jnp.float32}, "bfloat16 or float16"),
-        ({"q_dtype": jnp.float16}, "share a dtype"),
-        ({"v_head_dim": 64}, "one width"),
-        ({"head_dim": 80, "v_head_dim": 80}, "head_dim"),
-        ({"page_size": 12}, "page_size"),
-        ({"max_query_len": 0}, "max_query_len"),
-        ({"limits": _mosaic.DeviceLimits(compute_capability=(8, 0))}, "Hopper"),
-    ],
-)
-def test_unsupported_cases_say_why(change, reason):
-    supported = {
-        "head_dim": 128,
-        "v_head_dim": 128,
-        "page_size": 16,
-        "max_query_len": 1,
-        "q_dtype": jnp.bfloat16,
-        "kv_dtype": jnp.bfloat16,
-    }
-    decode_sm90.check_supported(**supported)
-    with pytest.raises(NotImplementedError, match=reason):
-        decode_sm90.check_supported(**supported | change)
-
-
 # Every value of every feature, and most pairs of them; `all_features` is the full product.
 FEATURES = [
     Case(lens=(), kv_heads=8, head_dim=128),

@@ -108,7 +108,8 @@ def draw_one(rules, logits, seed, position, tokens):
 def run(prompts: Any = PROMPTS, *, cache=None, **options) -> Generation:
     options = {"max_new_tokens": MAX_NEW, "chunk_size": 8, **options}
     out = generate(sum_model, TABLE, busy_cache(38) if cache is None else cache, prompts, **options)
-    paxcache.check(out.cache)
+    held = None if out.index is None else paxcache.prefix.device.held(out.cache, out.index)
+    paxcache.check(out.cache, held=held)
     return out
 
 
@@ -652,3 +653,61 @@ def test_streams_live_on_the_host():
         jax.jit(lambda cache: stream(sum_model, None, cache, PROMPTS, max_new_tokens=2).result)(make_cache())
     with pytest.raises(ValueError, match="interval must be at least 1"):
         streamed(0)
+
+
+SHARED = [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]  # two full pages and more
+FAMILY = [[*SHARED, 4], SHARED, [9], [*SHARED, 4, 5, 9, 0, 4], [2, 7, 1, 8], [*SHARED, 3]]
+
+
+def make_indexed() -> dict[str, Any]:
+    """A cache and its index; 24 pages are few for six prompts of up to 27 tokens with what they generate."""
+    cache = make_cache(num_pages=24)
+    sizes = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 8, "page_size": 4, "dtype": jnp.float32}
+    config = paxcache.CacheConfig(num_pages=24, max_seqs=3, max_pages_per_seq=8, **sizes)
+    return {"cache": cache, "index": paxcache.prefix.device.init(config), "chunk_size": 4}
+
+
+def again(out: Generation) -> dict[str, Any]:
+    return {"cache": out.cache, "index": out.index, "chunk_size": 4}
+
+
+def test_an_index_changes_no_token_and_saves_steps():
+    without = run(FAMILY, cache=make_cache(num_pages=24), chunk_size=4)
+    first = run(FAMILY, **make_indexed())
+    assert first.to_lists() == without.to_lists() == [sum_oracle(p) for p in FAMILY]
+    assert first.num_steps < without.num_steps
+    second = run(FAMILY, **again(first))
+    assert second.to_lists() == without.to_lists()
+    assert second.num_steps < first.num_steps
+    assert second.cache.seq_lens.tolist() == [0] * 3
+
+
+def test_samples_of_one_prompt_compute_it_once():
+    prompts = [[*SHARED, 5, 6, 7]] * 6  # 13 tokens: three full pages and one token to compute in any case
+    without = run(prompts, cache=make_cache(num_pages=24), chunk_size=4)
+    out = run(prompts, **make_indexed())
+    assert out.to_lists() == without.to_lists() == [sum_oracle(prompts[0])] * 6
+    assert (
+        without.num_steps - out.num_steps >= 12
+    )  # five times 12 tokens, four a step, less what ran beside decoding
+
+
+def test_an_index_makes_way_when_pages_run_out():
+    first = run(FAMILY, **make_indexed())
+    other = [[n] * (10 + n) for n in range(3, 9)]  # shares nothing with what is stored
+    assert sum((10 + n + MAX_NEW - 1) // 4 for n in range(3, 9)) > 24
+    second = run(other, **again(first))
+    assert second.to_lists() == [sum_oracle(p)[: 32 - len(p)] for p in other]
+    assert run(FAMILY, **again(second)).to_lists() == first.to_lists()
+
+
+@hypothesis.given(
+    prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=16), min_size=6, max_size=6),
+)
+@hypothesis.settings(max_examples=15)
+def test_any_prompts_with_an_index(prompts):
+    state = make_indexed()
+    for _ in range(2):
+        out = run(prompts, **state)
+        assert out.to_lists() == [sum_oracle(p) for p in prompts]
+        state = again(out)

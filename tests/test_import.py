@@ -24,7 +24,17 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_needs_jax_alone_and_touches_no_device():
-    blocked = ("flax", "optax", "chex", "tqdm", "tokenizers", "safetensors", "jinja2", "jaxtyping", "jax_triton")
+    blocked = (
+        "flax",
+        "optax",
+        "chex",
+        "tqdm",
+        "tokenizers",
+        "safetensors",
+        "jinja2",
+        "jaxtyping",
+        "jax_triton",
+    )
     done = run(ALONE.format(blocked=blocked))
     assert done.returncode == 0, done.stderr
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from paxcache.kernels import decode_sm90, prefill_sm90
+from paxcache.kernels._attention import check_supported
 from paxcache.kernels._mosaic import DeviceLimits
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def make_plan(
       NotImplementedError: no kernel does this.
     """
     check_supported(
+        "attention_sm90",
         head_dim=head_dim,
         v_head_dim=head_dim,
         page_size=page_size,
@@ -164,28 +166,6 @@ def make_plan(
     return Plan(tuple(decode.values()), tuple(prefill.values()))
 
 
-def check_supported(
-    *,
-    head_dim: int,
-    v_head_dim: int,
-    page_size: int,
-    q_dtype: Any,
-    kv_dtype: Any,
-    limits: DeviceLimits | None = None,
-) -> None:
-    """Raises NotImplementedError, naming the reason, for a case that the kernels cannot do."""
-    case: dict[str, Any] = {
-        "head_dim": head_dim,
-        "v_head_dim": v_head_dim,
-        "page_size": page_size,
-        "q_dtype": q_dtype,
-        "kv_dtype": kv_dtype,
-        "limits": limits,
-    }
-    decode_sm90.check_supported(**case, max_query_len=1)
-    prefill_sm90.check_supported(**case)
-
-
 def paged_attention(
     q: Float[Array, "T H D"],
     k_pages: Float[Array, "L P K S D"],
@@ -216,6 +196,7 @@ def paged_attention(
     """
     (T, H, D), (_, _, K, S, _) = q.shape, k_pages.shape
     check_supported(
+        "attention_sm90",
         head_dim=D,
         v_head_dim=D if v_pages is None else v_pages.shape[-1],
         page_size=S,

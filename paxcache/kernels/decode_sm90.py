@@ -1,4 +1,5 @@
-"""Paged attention for rows with few query tokens, on Hopper (sm_90a). Imports `_mosaic` and JAX; knows arrays.
+"""Paged attention for rows with few query tokens, on Hopper (sm_90a). Imports `_mosaic` and
+`_attention`; knows arrays.
 
 Decode reads every visible key and value once and computes little: what counts is that every SM streams pages from
 the first microsecond to the last, whatever the mix of lengths. Four ideas:
@@ -32,6 +33,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import sequential_vmap
 
+from paxcache.kernels._attention import LOG2E, check_supported, soft_cap
 from paxcache.kernels._mosaic import (
     DeviceLimits,
     arrive,
@@ -46,7 +48,6 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
 
 TILE = 64  # tokens a tile: the rows of one matrix instruction
-LOG2E = math.log2(math.e)
 NEG = -1e30  # where a running maximum starts: finite, so that no difference of two maxima is NaN
 HOLE = 1 << 28  # added to the index of a token in a hole, past any length
 COUNTER_SETS = 8
@@ -490,12 +491,6 @@ def _visible(tokens: Any, low: Any, high: Any, holes: Any, tile_start: Any, copy
     return seen if low is None else jnp.logical_and(seen, token >= limit(low))
 
 
-def _soft_cap(x: Any, cap: float) -> Any:
-    """``cap * tanh(x / cap)`` for x in units of log2, to float32's precision; the hardware's own tanh has 11 bits."""
-    cap *= LOG2E
-    return cap - (2 * cap) / (jnp.exp2(x * (2 * LOG2E / cap)) + 1)
-
-
 def _to_output_tile(values: Any, o_s: Any) -> None:
     """Puts [head dim, columns] into `o_s` as [columns, head dim], ready for the copy engine."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # earlier copies have left o_s
@@ -833,7 +828,7 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 s = scores(slot) * scale
                 plgpu.barrier_arrive(k_free.at[slot])  # both may be overwritten
                 if case.soft_cap is not None:
-                    s = _soft_cap(s, case.soft_cap)
+                    s = soft_cap(s, case.soft_cap)
                 tokens = plgpu.broadcasted_iota(jnp.int32, (TILE, N), 0, layout=MATRIX)
                 visible = _visible(tokens, low_columns, high_columns, holes, t * TILE, copy_len)
                 # A select: keys that are not the row's may be NaN.
@@ -917,48 +912,6 @@ def _join_body(refs: dict[str, Any], case: _Case, o_s: Any) -> None:
         plgpu.wait_smem_to_gmem(0)
 
 
-def check_supported(
-    *,
-    head_dim: int,
-    v_head_dim: int,
-    page_size: int,
-    max_query_len: int,
-    q_dtype: Any,
-    kv_dtype: Any,
-    limits: DeviceLimits | None = None,
-) -> None:
-    """Raises NotImplementedError, naming the reason, for a case that `decode` cannot do.
-
-    Args:
-      head_dim, v_head_dim: D of the keys and of the values.
-      page_size: S.
-      max_query_len: most query tokens of a row.
-      q_dtype, kv_dtype: of the queries and of the pages.
-      limits: the device's.
-    """
-    limits = device_limits() if limits is None else limits
-    q_dtype, kv_dtype = jnp.dtype(q_dtype), jnp.dtype(kv_dtype)
-
-    def refuse(reason: str) -> None:
-        raise NotImplementedError(f"decode_sm90: {reason}")
-
-    if limits.compute_capability[0] != 9:
-        major, minor = limits.compute_capability
-        refuse(f"needs a Hopper GPU (compute capability 9.0), this one has {major}.{minor}")
-    if kv_dtype not in (jnp.bfloat16, jnp.float16):
-        refuse(f"pages must be bfloat16 or float16, got {kv_dtype}")
-    if q_dtype != kv_dtype:
-        refuse(f"queries and pages must share a dtype, got {q_dtype} and {kv_dtype}")
-    if head_dim != v_head_dim:
-        refuse(f"keys and values must be of one width, got {head_dim} and {v_head_dim}")
-    if head_dim not in (64, 96, 128, 192, 256):
-        refuse(f"head_dim must be 64, 96, 128, 192 or 256, got {head_dim}")
-    if page_size % 8:
-        refuse(f"page_size must be a multiple of 8, got {page_size}")
-    if max_query_len < 1:
-        refuse(f"max_query_len must be at least 1, got {max_query_len}")
-
-
 def decode(
     q: Float[Array, "T H D"],
     k_pages: Float[Array, "L P K S D"],
@@ -1012,10 +965,10 @@ def decode(
     """
     (_, H, D), (_, _, K, S, _) = q.shape, k_pages.shape
     check_supported(
+        "decode_sm90",
         head_dim=D,
         v_head_dim=v_pages.shape[-1],
         page_size=S,
-        max_query_len=max_query_len,
         q_dtype=q.dtype,
         kv_dtype=k_pages.dtype,
     )

@@ -1,4 +1,5 @@
-"""Paged attention for rows with many query tokens, on Hopper (sm_90a). Imports `_mosaic` and JAX; knows arrays.
+"""Paged attention for rows with many query tokens, on Hopper (sm_90a). Imports `_mosaic` and
+`_attention`; knows arrays.
 
 Prompts and chunks of prompts, each causal from its row's own offset, in one launch. The matrix unit is the limit:
 
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import sequential_vmap
 
+from paxcache.kernels._attention import LOG2E, check_supported, soft_cap
 from paxcache.kernels._mosaic import (
     DeviceLimits,
     device_limits,
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
 
 ROWS = 64  # query rows of a consumer: the rows of one matrix instruction
 CONSUMERS = 2
-LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that a block in which a query sees nothing leaves no NaN behind
 
 # Line 0 of a plan holds the number of tiles. Columns of a tile: row of the batch; first query token that the
@@ -287,12 +288,6 @@ def prefill_plan(
     return Plan(jnp.concatenate([header, jnp.zeros_like(lines).at[rank].set(lines)]), shape)
 
 
-def _soft_cap(x: Any, cap: float) -> Any:
-    """``cap * tanh(x / cap)`` for x in units of log2, to float32's precision; the hardware's own tanh has 11 bits."""
-    cap *= LOG2E
-    return cap - (2 * cap) / (jnp.exp2(x * (2 * LOG2E / cap)) + 1)
-
-
 def _down(rows: Any, like: Any) -> Any:
     """One value a row, repeated for each column of a matrix."""
     return lax.broadcast_in_dim(rows, like.shape, [0])
@@ -495,7 +490,7 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 """New maximum and denominator, the factor of what was summed up, and the weights."""
                 factor = scale
                 if case.soft_cap is not None:
-                    s, factor = _soft_cap(s * scale, case.soft_cap), 1.0
+                    s, factor = soft_cap(s * scale, case.soft_cap), 1.0
                 if masked:
                     s, factor = mask(s * factor, t, holes), 1.0
                 new = jnp.maximum(m, s.max(axis=1) * factor)
@@ -707,44 +702,6 @@ def _scratch(case: _Case) -> dict[str, Any]:
     }
 
 
-def check_supported(
-    *,
-    head_dim: int,
-    v_head_dim: int,
-    page_size: int,
-    q_dtype: Any,
-    kv_dtype: Any,
-    limits: DeviceLimits | None = None,
-) -> None:
-    """Raises NotImplementedError, naming the reason, for a case that `prefill` cannot do.
-
-    Args:
-      head_dim, v_head_dim: D of the keys and of the values.
-      page_size: S.
-      q_dtype, kv_dtype: of the queries and of the pages.
-      limits: the device's.
-    """
-    limits = device_limits() if limits is None else limits
-    q_dtype, kv_dtype = jnp.dtype(q_dtype), jnp.dtype(kv_dtype)
-
-    def refuse(reason: str) -> None:
-        raise NotImplementedError(f"prefill_sm90: {reason}")
-
-    if limits.compute_capability[0] != 9:
-        major, minor = limits.compute_capability
-        refuse(f"needs a Hopper GPU (compute capability 9.0), this one has {major}.{minor}")
-    if kv_dtype not in (jnp.bfloat16, jnp.float16):
-        refuse(f"pages must be bfloat16 or float16, got {kv_dtype}")
-    if q_dtype != kv_dtype:
-        refuse(f"queries and pages must share a dtype, got {q_dtype} and {kv_dtype}")
-    if head_dim != v_head_dim:
-        refuse(f"keys and values must be of one width, got {head_dim} and {v_head_dim}")
-    if head_dim not in (64, 96, 128, 192, 256):
-        refuse(f"head_dim must be 64, 96, 128, 192 or 256, got {head_dim}")
-    if page_size % 8:
-        refuse(f"page_size must be a multiple of 8, got {page_size}")
-
-
 def prefill(
     out: Float[Array, "T H D"],
     q: Float[Array, "T H D"],
@@ -787,7 +744,12 @@ def prefill(
     """
     (_, H, D), (_, _, K, S, _) = q.shape, k_pages.shape
     check_supported(
-        head_dim=D, v_head_dim=v_pages.shape[-1], page_size=S, q_dtype=q.dtype, kv_dtype=k_pages.dtype
+        "prefill_sm90",
+        head_dim=D,
+        v_head_dim=v_pages.shape[-1],
+        page_size=S,
+        q_dtype=q.dtype,
+        kv_dtype=k_pages.dtype,
     )
     case = _Case(
         num_heads=H,
@@ -870,10 +832,9 @@ def _scatter_lse(lse: Any, by_tile: Any, plan: Plan, num_heads: int) -> Any:
     """Puts [tiles, items, consumers, rows] into [T, H]."""
     tile = plan.made_for.tile_tokens
     tiles = by_tile.shape[0]
-    if tile == ROWS:  # the consumers are two heads
-        by_token = by_tile.reshape(tiles, num_heads, tile)
-    else:  # or two halves of the tokens
-        by_token = by_tile.reshape(tiles, num_heads, tile)
+    by_token = by_tile.reshape(
+        tiles, num_heads, tile
+    )  # the consumers are two heads, or two halves of the tokens
     offset = jnp.arange(tile, dtype=jnp.int32)
     lines = plan.lines[1:, :, None]
     mine = (offset >= lines[:, SKIP]) & (offset < lines[:, SKIP] + lines[:, COUNT])

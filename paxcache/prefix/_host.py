@@ -1,0 +1,835 @@
+"""The host index and a cache together: match, admit, publish, evict, pin. Imports `_index`, `_policy`, `_integers`.
+
+Each call reads the few integers that it needs in one transfer and changes tables and counts in one small program that
+leaves pages where they are. Nothing here writes, copies or moves a page: a row that goes on inside a shared page gets
+its own copy from `extend`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jax.core import Tracer
+
+from paxcache import _checks
+from paxcache._types import NO_PAGE, CacheConfig, PagedKVCache
+from paxcache.prefix import _index, _integers, _keys, _policy, _tree
+from paxcache.prefix._index import Draft, Event, Index, Node, Path, Place, Run, Tier
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int, Int32
+
+    from paxcache.prefix._keys import ExtraKey, Prompt, Salt
+    from paxcache.prefix._policy import Policy
+
+
+def init(config: CacheConfig, *, epoch: int = 0, events: bool = False) -> Index:
+    """An empty index for caches of a config.
+
+    Args:
+      config: the cache's.
+      epoch: the weights' version, see `new_epoch`.
+      events: keep a log for `take_events`. It grows until it is taken.
+
+    Returns:
+      An `Index`.
+
+    Raises:
+      TypeError: an argument is of another type.
+
+    Example:
+      >>> import jax.numpy as jnp, paxcache
+      >>> from paxcache import prefix
+      >>> config = paxcache.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=8, page_size=4, num_pages=16,
+      ...                               max_seqs=2, max_pages_per_seq=8)
+      >>> cache, index, prompt = paxcache.init(config), prefix.init(config), list(range(10))
+      >>> cache, index, num_reused = prefix.admit(cache, index, 0, prompt)
+      >>> cache, step = paxcache.extend(cache, jnp.array([10 - num_reused, 0]), num_tokens=10)   # append, attend
+      >>> cache, index = prefix.publish(cache, index, 0, prompt)
+      >>> prefix.admit(cache, index, 1, prompt)[2]   # another row: two full pages need not be computed
+      8
+
+    Reference: RadixAttention of SGLang (Zheng et al., 2024).
+    """
+    if not isinstance(config, CacheConfig):
+        raise TypeError(f"config: expected a CacheConfig, got {config!r}")
+    groups = config.layer_groups
+    epoch = _checks.static_int("epoch", epoch, minimum=0)
+    return Index(
+        page_size=config.page_size,
+        max_pages=config.max_pages_per_seq,
+        num_pages=tuple(config.group_num_pages(g) for g in groups),
+        windows=tuple(g.sliding_window for g in groups),
+        first_epoch=epoch,
+        epoch=epoch,
+        now=0.0,
+        tick=0,
+        next_id=1,
+        counters=_index.Counters(),
+        num_entries=0,
+        num_protected=0,
+        nodes=None,
+        edges=None,
+        orders=(),
+        pins=None,
+        row_epochs=None,
+        held=tuple(np.zeros(config.group_num_pages(g), bool) for g in groups),
+        recording=bool(events),
+        log=None,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Match:
+    """The longest reusable prefix of a prompt."""
+
+    num_tokens: int
+    """Tokens that need not be computed. Past the last full page, they are the first ones of one more page."""
+    ids: Int32[np.ndarray, "N G"]
+    """Of the pages that hold them, the number in each group; NO_PAGE where it is not needed, left of a window."""
+    tiers: Int[np.ndarray, "N"]
+    """A `Tier` for each page."""
+    _full_pages: int = dataclasses.field(repr=False)
+    _path: Path = dataclasses.field(repr=False)
+
+    @property
+    def keys(self) -> tuple[bytes, ...]:
+        """Stable keys of the full pages."""
+        size = _keys.KEY_BYTES
+        return tuple(
+            n.run.keys[page * size : (page + 1) * size]
+            for n, count in self._path
+            for page in range(n.start, n.start + count)
+        )[: self._full_pages]
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The same page by page."""
+        pairs = zip(self.tiers.tolist(), self.ids.tolist(), strict=True)
+        return tuple(Place(Tier(tier), tuple(ids), False) for tier, ids in pairs)
+
+
+def match(
+    index: Index,
+    tokens: Int[np.ndarray, "N"] | Sequence[int],
+    *,
+    extra_key: ExtraKey | Salt = None,
+    partial: bool = True,
+) -> Match:
+    """The longest prefix of a prompt whose keys and values are stored. Reads the index alone and changes nothing.
+
+    Tokens are compared, each of them. A match may be all of the prompt; `admit` leaves at least one token to compute.
+
+    Args:
+      index: the index.
+      tokens: the prompt, integers [N]; an int32 array is the quickest.
+      extra_key: keeps prompts apart whose tokens agree, see `ExtraKey`.
+      partial: whether the match may end inside a page, at the cost of one page copied by the next `extend`.
+
+    Returns:
+      A `Match`.
+
+    Raises:
+      ValueError, TypeError: an argument's type or shape is wrong.
+
+    Example:
+      >>> import paxcache
+      >>> from paxcache import prefix
+      >>> config = paxcache.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=8, num_pages=16, max_seqs=2,
+      ...                               max_pages_per_seq=8)
+      >>> prefix.match(prefix.init(config), [1, 2, 3]).num_tokens
+      0
+
+    Reference: RadixAttention of SGLang (Zheng et al., 2024); copy-on-write of its last page, as TensorRT-LLM's
+    partial reuse.
+    """
+    prompt = _prompt(index, tokens, extra_key)
+    return _match(index, prompt, limit=prompt.num_tokens, partial=partial, device_only=False)
+
+
+def _prompt(index: Index | Draft, tokens: Any, extra_key: Any) -> Prompt:
+    return _keys.prompt(tokens, page_size=index.page_size, extra_key=extra_key, epoch=index.epoch)
+
+
+def _match(index: Index | Draft, prompt: Prompt, *, limit: int, partial: bool, device_only: bool) -> Match:
+    """As `match`, of at most `limit` tokens."""
+    S = index.page_size
+    found = _index.walk(index, prompt, partial=partial)
+    ids, where = _places(index, found.path)
+    unusable = where != Tier.DEVICE if device_only else where >= _index.IN_FLIGHT
+    num_tokens = min(found.num_tokens, limit, index.max_pages * S)
+    if unusable.any():
+        num_tokens = min(num_tokens, int(unusable.argmax()) * S)
+    if not partial:
+        num_tokens -= num_tokens % S
+    num_tokens = _within_windows(index, ids, num_tokens)
+    pages = -(-num_tokens // S)
+    ids, path = ids[:pages], _index.cut_path(found.path, pages)
+    for g, window in enumerate(index.windows):
+        if window is not None:
+            ids = ids.copy()
+            ids[: max(num_tokens - window + 1, 0) // S, g] = NO_PAGE
+    return Match(num_tokens, ids, where[:pages], num_tokens // S, path)
+
+
+def _places(index: Index | Draft, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a path's pages, and where they are as in a `Run`."""
+    if not path:
+        return np.empty((0, len(index.windows)), np.int32), np.empty(0, np.uint8)
+    return (
+        np.concatenate([n.run.ids[n.start : n.start + count] for n, count in path]),
+        np.concatenate([n.run.where[n.start : n.start + count] for n, count in path]),
+    )
+
+
+def _within_windows(index: Index | Draft, ids: np.ndarray, num_tokens: int) -> int:
+    """The longest length up to `num_tokens` whose next query sees only pages that are there."""
+    S, pages = index.page_size, -(-num_tokens // index.page_size)
+    missing = ids[:pages] < 0
+    if not missing.any():
+        return num_tokens
+    columns = np.arange(pages)
+    lengths = np.minimum((columns + 1) * S, num_tokens)  # the best length that ends in each page
+    fine = np.ones(pages, bool)
+    for g, window in enumerate(index.windows):
+        last_missing = np.maximum.accumulate(np.where(missing[:, g], columns, -1))
+        first_seen = 0 if window is None else np.maximum(lengths - window + 1, 0) // S
+        fine &= last_missing < first_seen
+    return int(lengths[np.flatnonzero(fine)[-1]]) if fine.any() else 0
+
+
+def admit(
+    cache: PagedKVCache,
+    index: Index,
+    row: int,
+    tokens: Int[np.ndarray, "N"] | Sequence[int],
+    *,
+    extra_key: ExtraKey | Salt = None,
+    partial: bool = True,
+    now: float | None = None,
+) -> tuple[PagedKVCache, Index, int]:
+    """Starts a prompt in an idle row: the row maps the pages of the longest stored prefix and has its length.
+
+    At least one token is left to compute. Where the prefix ends inside a page, the page is shared as it is, and the
+    next `extend` gives the row a copy.
+
+    Args:
+      cache: the cache.
+      index: the index.
+      row: an idle row.
+      tokens, extra_key, partial: as in `match`.
+      now: the time, for ages; never read from a clock. None: the latest time given.
+
+    Returns:
+      The cache, the index, and the tokens reused: compute ``tokens[num_reused:]``. -1: the row is live,
+      and nothing changed.
+
+    Raises:
+      ValueError, TypeError: an argument's type, shape or range is wrong, or the index belongs to another config.
+
+    Example: see `init`.
+
+    Reference: RadixAttention of SGLang (Zheng et al., 2024).
+    """
+    cache, index, reused = admit_rows(
+        cache, index, [row], [tokens], extra_keys=[extra_key], partial=partial, now=now
+    )
+    return cache, index, int(reused[0])
+
+
+def admit_rows(
+    cache: PagedKVCache,
+    index: Index,
+    rows: Sequence[int],
+    prompts: Sequence[Any],
+    *,
+    extra_keys: Sequence[Any] | None = None,
+    partial: bool = True,
+    now: float | None = None,
+) -> tuple[PagedKVCache, Index, Int[np.ndarray, "N"]]:
+    """`admit` for many rows with one transfer each way.
+
+    Args:
+      cache: the cache.
+      index: the index.
+      rows: N different rows.
+      prompts: a prompt for each.
+      extra_keys: an extra key for each; None: none.
+      partial, now: as in `admit`.
+
+    Returns:
+      The cache, the index, and the tokens reused by each row, -1 where the row is live.
+
+    Raises:
+      ValueError, TypeError: as in `admit`; also a row named twice, and lists of different lengths.
+    """
+    rows, extra_keys = _check_rows(cache, index, rows, prompts, extra_keys)
+    draft = Draft(index)
+    _set_time(draft, now)
+    made = [_prompt(draft, p, key) for p, key in zip(prompts, extra_keys, strict=True)]
+    reused = np.full(len(rows), -1)
+    if not rows:
+        return cache, index, reused
+    lens, tables = _integers.read_rows(cache, rows)
+    idle = (lens == 0) & (tables == NO_PAGE).all(axis=(1, 2))
+    new_tables = np.full_like(tables, NO_PAGE)
+    for n in np.flatnonzero(idle):
+        found = _match(
+            draft, made[n], limit=max(made[n].num_tokens - 1, 0), partial=partial, device_only=True
+        )
+        draft.tick += 1
+        draft.touch(found._path, reused=True)
+        draft.row_epochs = _tree.put(draft.row_epochs, rows[n], draft.epoch)
+        draft.count(tokens_asked=made[n].num_tokens, tokens_reused=found.num_tokens)
+        new_tables[n, :, : len(found.ids)] = found.ids.T
+        reused[n] = found.num_tokens
+    used = np.flatnonzero(reused > 0)
+    if used.size:
+        cache = _integers.write_rows(
+            cache, [rows[n] for n in used], reused[used], new_tables[used], [()] * len(cache.groups)
+        )
+    return cache, draft.done(), reused
+
+
+def publish(
+    cache: PagedKVCache,
+    index: Index,
+    row: int,
+    tokens: Int[np.ndarray, "N"] | Sequence[int],
+    *,
+    extra_key: ExtraKey | Salt = None,
+    priority: int = 0,
+    ttl: float | None = None,
+    now: float | None = None,
+) -> tuple[PagedKVCache, Index]:
+    """Offers a row's full pages to others. Call it after all layers of a step were appended; the row goes on as it is.
+
+    Each stored page holds a reference of its own, so it outlives the row. Pages that are stored already fold: the row
+    maps the stored ones and gives its own back (a `Step` made before is no longer valid). A row whose tokens were
+    begun under earlier weights (see `new_epoch`) offers nothing.
+
+    Publish where a prompt or an answer ends, not after every token: each call that stores pages adds one node.
+
+    Args:
+      cache: the cache.
+      index: the index.
+      row: the row. An idle one offers nothing.
+      tokens: the tokens whose keys and values the row holds, integers [N], from its first. Only pages that both they
+        and the row's length fill are offered.
+      extra_key: the one it was admitted with.
+      priority: at least 0, for ``evict(policy="priority")``; pages that are stored already keep the higher.
+      ttl: time after which that policy evicts the pages first, from `now`; None: never. The longer life counts.
+      now: as in `admit`.
+
+    Returns:
+      The cache and the index.
+
+    Raises:
+      ValueError, TypeError: an argument's type, shape or range is wrong, or the index belongs to another config.
+
+    Example: see `init`.
+
+    Reference: RadixAttention of SGLang (Zheng et al., 2024); retention priorities of TensorRT-LLM.
+    """
+    return publish_rows(
+        cache, index, [row], [tokens], extra_keys=[extra_key], priority=priority, ttl=ttl, now=now
+    )
+
+
+def publish_rows(
+    cache: PagedKVCache,
+    index: Index,
+    rows: Sequence[int],
+    prompts: Sequence[Any],
+    *,
+    extra_keys: Sequence[Any] | None = None,
+    priority: int = 0,
+    ttl: float | None = None,
+    now: float | None = None,
+) -> tuple[PagedKVCache, Index]:
+    """`publish` for many rows with one transfer each way. Rows that computed the same pages keep those of the first.
+
+    Args:
+      cache: the cache.
+      index: the index.
+      rows: N different rows.
+      prompts: the tokens of each.
+      extra_keys: an extra key for each; None: none.
+      priority, ttl, now: as in `publish`.
+
+    Returns:
+      The cache and the index.
+
+    Raises:
+      ValueError, TypeError: as in `publish`; also a row named twice, and lists of different lengths.
+    """
+    rows, extra_keys = _check_rows(cache, index, rows, prompts, extra_keys)
+    priority = _checks.static_int("priority", priority, minimum=0)
+    draft = Draft(index)
+    _set_time(draft, now)
+    if ttl is not None and not ttl >= 0:
+        raise ValueError(f"ttl: expected at least 0, got {ttl}")
+    worth = {"priority": priority, "expires": math.inf if ttl is None else draft.now + ttl}
+    made = [_prompt(draft, p, key) for p, key in zip(prompts, extra_keys, strict=True)]
+    if not rows:
+        return cache, index
+    lens, tables = _integers.read_rows(cache, rows)
+    new_tables = tables.copy()
+    taken: list[list[int]] = [[] for _ in cache.groups]
+    for n, row in enumerate(rows):
+        begun = _tree.get(draft.row_epochs, row)
+        if (draft.first_epoch if begun is None else begun) == draft.epoch:
+            usable = min(made[n].num_tokens, int(lens[n])) // draft.page_size * draft.page_size
+            short = made[n]._replace(num_tokens=usable)
+            _publish(draft, short, new_tables[n].T, taken, worth, extra_keys[n])
+    changed = np.flatnonzero((new_tables != tables).any(axis=(1, 2)))
+    if changed.size or any(taken):
+        ids = [rows[n] for n in changed]
+        cache = _integers.write_rows(cache, ids, lens[changed], new_tables[changed], taken)
+    return cache, draft.done()
+
+
+def _publish(
+    draft: Draft,
+    prompt: Prompt,
+    table: np.ndarray,
+    taken: list[list[int]],
+    worth: dict[str, Any],
+    extra_key: Any,
+) -> None:
+    """Stores one row's pages, table [M, G], and folds those that are stored; adds new references to `taken`."""
+    if prompt.num_pages == 0:
+        return
+    draft.tick += 1
+    found = _index.walk(draft, prompt)
+    stored, _ = _places(draft, found.path)
+    own = table[: len(stored)]
+    # A page held by another entry was computed for that one's text and weights: nothing from there on is offered.
+    foreign = np.flatnonzero((_held_pages(draft, own) & (own != stored)).any(axis=1))
+    if foreign.size:
+        prompt = prompt._replace(num_tokens=int(foreign[0]) * prompt.page_size)
+        found = _index.walk(draft, prompt)
+    at, above = 0, None
+    for node in draft.touch(found.path, **worth):
+        above = _fold(draft, node, table[at : at + node.size], taken)
+        at += node.size
+    new = np.ascontiguousarray(table[at : prompt.num_pages])
+    bad = _held_pages(draft, new).any(axis=1)
+    for g, window in enumerate(draft.windows):
+        if window is None:
+            bad |= new[:, g] == NO_PAGE
+    new = new[: int(bad.argmax()) if bad.any() else len(new)]
+    if not len(new):
+        return
+    width, parent_key = prompt.page_size * _keys.TOKEN.itemsize, _keys.root_key(prompt)
+    if above is not None:
+        parent_key = above.run.keys[(above.end - 1) * _keys.KEY_BYTES : above.end * _keys.KEY_BYTES]
+    prompt = prompt._replace(num_tokens=(at + len(new)) * prompt.page_size)
+    keys = _keys.chain(prompt, at, parent_key)
+    data = prompt.tokens[at * width : (at + len(new)) * width]
+    extras = {page - at: e for page, e in prompt.extras.items() if at <= page < prompt.num_pages}
+    extras = extras or _index.NO_EXTRAS
+    run = Run(data, keys, extras, new, np.full(len(new), Tier.DEVICE, np.uint8))
+    draft.add(prompt, at, above.id if above is not None else 0, run, **worth)
+    draft.hold(new, taken)
+    if draft.recording:
+        names = tuple(np.frombuffer(data, _keys.TOKEN).tolist())
+        draft.record(_index.Stored(_keys.split_keys(keys), parent_key, names, extra_key))
+
+
+def _held_pages(draft: Draft, pages: np.ndarray) -> np.ndarray:
+    """Which of some rows' pages [N, G] an entry holds."""
+    held = [group[pages[:, g]] for g, group in enumerate(draft.held)]
+    return np.stack(held, axis=1) & (pages != NO_PAGE)
+
+
+def _fold(draft: Draft, node: Node, table: np.ndarray, taken: list[list[int]]) -> Node:
+    """Puts a node's pages in place of a row's own, table [N, G]; takes those that a window had kept from the node."""
+    ids = node.run.ids[node.start : node.end]
+    ours = node.run.where[node.start : node.end, None] == Tier.DEVICE
+    differ = ours & (ids >= 0) & (table >= 0) & (ids != table)
+    draft.count(pages_folded=int(differ.any(axis=1).sum()))
+    lacks = ours & (ids < 0) & (table >= 0)
+    table[differ] = ids[differ]
+    if not lacks.any():
+        return node
+    filled = np.where(lacks, table, NO_PAGE)
+    draft.hold(filled, taken)
+    all_ids = node.run.ids.copy()
+    all_ids[node.start : node.end] = np.maximum(ids, filled)
+    return draft.replace(node, run=node.run._replace(ids=all_ids))
+
+
+def evict(
+    cache: PagedKVCache,
+    index: Index,
+    num_pages: int,
+    *,
+    policy: Policy = "lru",
+    now: float | None = None,
+) -> tuple[PagedKVCache, Index, int]:
+    """Forgets entries until so many pages are free that were not: no more than that, and none that a row uses.
+
+    Leaves go first, so that what is left can always be found. Pinned prefixes and pages in flight stay. One page costs
+    O(log n) of n entries, and each row at most one leaf passed over because it is in use; the first call with a policy
+    sorts the entries once.
+
+    Args:
+      cache: the cache.
+      index: the index.
+      num_pages: pages to free, in each group; 0 frees none.
+      policy: "lru" (least recently used first), "lfu" (least often reused), "fifo" (oldest), "slru" (least recently
+        used among those never reused, as long as the reused ones are at most 80 % of all), or "priority" (past their
+        time-to-live, then of the lowest priority, then least recently used).
+      now: as in `admit`; decides what is past its time-to-live.
+
+    Returns:
+      The cache, the index, and the pages freed; fewer than asked for where no more could go. Among groups the fewest.
+
+    Raises:
+      ValueError, TypeError: an argument's type or range is wrong, or the index belongs to another config.
+
+    Example:
+      >>> import jax.numpy as jnp, paxcache
+      >>> from paxcache import prefix
+      >>> config = paxcache.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=8, page_size=4, num_pages=16,
+      ...                               max_seqs=2, max_pages_per_seq=8)
+      >>> cache, step = paxcache.extend(paxcache.init(config), jnp.array([8, 0]), num_tokens=8)
+      >>> cache, index = prefix.publish(cache, prefix.init(config), 0, list(range(8)))
+      >>> prefix.evict(cache, index, 1)[2]                          # the row uses both pages
+      0
+      >>> cache = paxcache.release(cache, jnp.array([True, False]))
+      >>> cache, index, num_freed = prefix.evict(cache, index, 1)
+      >>> num_freed, prefix.match(index, list(range(8))).num_tokens
+      (1, 4)
+
+    Reference: leaf-first LRU of SGLang's RadixAttention (Zheng et al., 2024); SLRU of Karedla et al. (1994).
+    """
+    _check_cache(cache, index)
+    num_pages = _checks.static_int("num_pages", num_pages, minimum=0)
+    return _evict(cache, index, [num_pages] * len(cache.groups), policy, now)
+
+
+def make_room(
+    cache: PagedKVCache,
+    index: Index,
+    query_lens: Int32[Array, "B"],
+    *,
+    num_tokens: int | None = None,
+    max_query_len: int | None = None,
+    policy: Policy = "lru",
+    now: float | None = None,
+) -> tuple[PagedKVCache, Index, int]:
+    """Evicts exactly the pages that `extend` with the same arguments would lack.
+
+    Args:
+      cache: the cache.
+      index: the index.
+      query_lens, num_tokens, max_query_len: those of the `extend` to come.
+      policy, now: as in `evict`.
+
+    Returns:
+      The cache, the index, and the pages freed, 0 where nothing lacked.
+
+    Raises:
+      ValueError, TypeError: an argument's type, shape or range is wrong, or the index belongs to another config.
+
+    Example:
+      >>> import jax.numpy as jnp, paxcache
+      >>> from paxcache import prefix
+      >>> config = paxcache.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=8, page_size=4, num_pages=3,
+      ...                               max_seqs=1, max_pages_per_seq=3)
+      >>> cache, step = paxcache.extend(paxcache.init(config), jnp.array([8]), num_tokens=8)
+      >>> cache, index = prefix.publish(cache, prefix.init(config), 0, list(range(8)))
+      >>> cache = paxcache.release(cache, jnp.array([True]))
+      >>> cache, index, num_freed = prefix.make_room(cache, index, jnp.array([8]), num_tokens=8)   # one page is free
+      >>> num_freed
+      1
+    """
+    _check_cache(cache, index)
+    missing = _integers.shortfall(cache, query_lens, num_tokens=num_tokens, max_query_len=max_query_len)
+    return _evict(cache, index, np.asarray(missing).tolist(), policy, now)
+
+
+def _evict(
+    cache: PagedKVCache, index: Index, needs: list[int], policy: str, now: float | None
+) -> tuple[PagedKVCache, Index, int]:
+    """As `evict`, with a number of pages for each group."""
+    draft = Draft(index)
+    _set_time(draft, now)
+    for order in _policy.orders(policy):
+        draft.add_order(order)
+    dropped: list[list[int]] = [[] for _ in needs]
+    if any(needs):
+        in_use = [counts > 1 for counts in _integers.read_counts(cache)]
+        busy, gone = [], []
+        while (lacking := max(n - len(d) for n, d in zip(needs, dropped, strict=True))) > 0:
+            leaf = draft.victim(policy)
+            if leaf is None:
+                break
+            pages = min(_unused_tail(leaf, in_use, lacking), lacking)
+            if pages == 0:  # in use: out of the orders for the rest of this call
+                draft.unlist_leaf(leaf)
+                busy.append(leaf)
+                continue
+            last = slice(leaf.end - pages, leaf.end)
+            draft.release(leaf.run.ids[last][leaf.run.where[last] == Tier.DEVICE], dropped)
+            draft.cut(leaf, pages)
+            gone.append((leaf, pages))
+        draft.count_evicted(gone)
+        for leaf in busy:
+            draft.list_leaf(leaf)
+        cache = _integers.add_references(cache, dropped, -1)
+    return cache, draft.done(), min(len(d) for d in dropped)
+
+
+def _unused_tail(leaf: Node, in_use: list[np.ndarray], most: int) -> int:
+    """How many of a leaf's last pages nobody uses, of at most so many."""
+    last = slice(max(leaf.end - most, leaf.start), leaf.end)
+    ids, where = leaf.run.ids[last], leaf.run.where[last]
+    here, used = where == Tier.DEVICE, where >= _index.IN_FLIGHT
+    for g, counts in enumerate(in_use):
+        used |= here & (ids[:, g] >= 0) & counts[ids[:, g]]
+    return int(used[::-1].argmax()) if used.any() else len(used)
+
+
+def reset(cache: PagedKVCache, index: Index) -> tuple[PagedKVCache, Index]:
+    """Forgets everything, pinned prefixes too. Pages that rows use stay with the rows.
+
+    Args:
+      cache: the cache.
+      index: the index.
+
+    Returns:
+      The cache, and an index without entries and pins; counters, epoch and the log of events go on.
+
+    Raises:
+      ValueError, TypeError: the index belongs to another config, or the cache is traced.
+    """
+    _check_cache(cache, index)
+    draft = Draft(index)
+    pages = [np.flatnonzero(h).tolist() for h in held(index)]
+    draft.clear()
+    if draft.recording:
+        draft.record(_index.Cleared())
+    return _integers.add_references(cache, pages, -1), draft.done()
+
+
+def held(index: Index) -> tuple[Int32[np.ndarray, "P"], ...]:
+    """The references that the index holds, for ``paxcache.check(cache, held=prefix.held(index))``.
+
+    Args:
+      index: the index.
+
+    Returns:
+      For each group, i32[P]: 1 for a page that an entry holds, else 0.
+    """
+    return tuple(held.astype(np.int32) for held in index.held)
+
+
+def new_epoch(index: Index, epoch: int | None = None) -> Index:
+    """Tells the index that the model's weights changed: no page stored before is ever matched again.
+
+    They are evicted before all others, under every policy, and pins on them are gone. Rows that were admitted before
+    offer nothing any more; after the first change, rows that were never admitted offer nothing either. The index does
+    not see `fork` and `reorder`: do not publish rows that those made, after the change, from rows begun before it.
+    Stable keys contain the epoch: processes that share storage must agree on it.
+
+    Args:
+      index: the index.
+      epoch: the new version, higher than the one before, such as the training step; None: the next.
+
+    Returns:
+      The index.
+
+    Raises:
+      ValueError, TypeError: the epoch is not higher, or no int.
+
+    Example:
+      >>> import paxcache
+      >>> from paxcache import prefix
+      >>> config = paxcache.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=8, num_pages=16, max_seqs=2,
+      ...                               max_pages_per_seq=8)
+      >>> prefix.new_epoch(prefix.init(config), 100).epoch
+      100
+    """
+    draft = Draft(index)
+    low = index.epoch + 1
+    draft.epoch = low if epoch is None else _checks.static_int("epoch", epoch, minimum=low)
+    for node_id, _ in _tree.items(index.pins):
+        draft.set_pin(node_id, 0)
+    return draft.done()
+
+
+def move(
+    cache: PagedKVCache,
+    index: Index,
+    tokens: Int[np.ndarray, "N"] | Sequence[int],
+    first_page: int,
+    places: Sequence[Place],
+    *,
+    extra_key: ExtraKey | Salt = None,
+) -> tuple[PagedKVCache, Index]:
+    """Notes that entries lie elsewhere now, for a module that moves pages between tiers. Moves nothing itself.
+
+    Pages that an entry leaves on the device lose its reference, and those that it comes to gain one. While an entry is
+    in flight it holds the place it has.
+
+    Args:
+      cache: the cache.
+      index: the index.
+      tokens, extra_key: as in `match`.
+      first_page: the first of the prompt's pages to note.
+      places: a `Place` for it and for each page after it.
+
+    Returns:
+      The cache and the index.
+
+    Raises:
+      ValueError, TypeError: not all of the pages are stored, or an argument's type, shape or range is wrong.
+
+    Reference: the tiers of FastDeploy's cache manager and of SGLang's HiCache.
+    """
+    _check_cache(cache, index)
+    first_page = _checks.static_int("first_page", first_page, minimum=0)
+    draft = Draft(index)
+    found = _index.walk(draft, _prompt(draft, tokens, extra_key))
+    if first_page + len(places) > found.num_pages:
+        raise ValueError(
+            f"places: expected those of stored pages, {found.num_pages} of this prompt's, got "
+            f"{len(places)} from page {first_page} on"
+        )
+    dropped: list[list[int]] = [[] for _ in cache.groups]
+    taken: list[list[int]] = [[] for _ in cache.groups]
+    at = 0
+    for node, count in found.path:
+        begin, end = max(first_page, at), min(first_page + len(places), at + count)
+        if begin < end:
+            new = places[begin - first_page : end - first_page]
+            pages = slice(node.start + begin - at, node.start + end - at)
+            run = node.run
+            ids, where = run.ids.copy(), run.where.copy()
+            draft.release(_on_device(ids[pages], where[pages]), dropped)
+            ids[pages] = [place.id for place in new]
+            where[pages] = [place.tier + _index.IN_FLIGHT * place.in_flight for place in new]
+            draft.hold(_on_device(ids[pages], where[pages]), taken)
+            draft.replace(node, run=run._replace(ids=ids, where=where))
+        at += count
+    cache = _integers.add_references(cache, taken, 1)
+    return _integers.add_references(cache, dropped, -1), draft.done()
+
+
+def _on_device(ids: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """The ids of entries whose tier is the device, in flight or not."""
+    return ids[where % _index.IN_FLIGHT == Tier.DEVICE]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pin:
+    """A prefix that stays, made by `pin`."""
+
+    num_tokens: int
+    """How many tokens were stored when it was made: those are pinned."""
+    node: int
+    """Opaque."""
+
+
+def pin(
+    index: Index, tokens: Int[np.ndarray, "N"] | Sequence[int], *, extra_key: ExtraKey | Salt = None
+) -> tuple[Index, Pin]:
+    """Keeps the stored full pages of a prefix from being evicted, until `unpin`, `reset` or `new_epoch`.
+
+    Args:
+      index: the index.
+      tokens, extra_key: as in `match`.
+
+    Returns:
+      The index, and a `Pin`. A prefix may be pinned many times; each pin counts.
+
+    Raises:
+      ValueError, TypeError: an argument's type or shape is wrong.
+    """
+    draft = Draft(index)
+    path = _index.walk(draft, _prompt(draft, tokens, extra_key)).path
+    if not path:
+        return index, Pin(0, 0)
+    node, pages = path[-1]
+    kept = draft.split(node, pages) if pages < node.size else node
+    draft.set_pin(kept.id, (_tree.get(draft.pins, kept.id) or 0) + 1)
+    return draft.done(), Pin(sum(count for _, count in path) * index.page_size, kept.id)
+
+
+def unpin(index: Index, pin: Pin) -> Index:
+    """Undoes one `pin`. A pin that `reset` or `new_epoch` undid already is left alone.
+
+    Args:
+      index: the index.
+      pin: from `pin`, to be undone once.
+
+    Returns:
+      The index.
+    """
+    times = _tree.get(index.pins, pin.node)
+    if times is None:
+        return index
+    draft = Draft(index)
+    draft.set_pin(pin.node, times - 1)
+    return draft.done()
+
+
+def take_events(index: Index) -> tuple[Index, tuple[Event, ...]]:
+    """The events since they were last taken, in order: `Stored`, `Removed` and `Cleared`.
+
+    Args:
+      index: the index, made with ``init(events=True)``; another logs none.
+
+    Returns:
+      The index without them, and the events.
+
+    Reference: KV cache events of vLLM.
+    """
+    events, log = [], index.log
+    while log is not None:
+        event, log = log
+        events.append(event)
+    return dataclasses.replace(index, log=None), tuple(reversed(events))
+
+
+def _check_cache(cache: PagedKVCache, index: Index) -> None:
+    if isinstance(cache.seq_lens, Tracer):
+        raise TypeError("the host index reads the cache on the host; inside jit use paxcache.prefix.device")
+    sizes = (cache.page_size, cache.max_pages_per_seq, tuple(g.ref_counts.shape[0] for g in cache.groups))
+    expected = (index.page_size, index.max_pages, index.num_pages)
+    windows = tuple(g.sliding_window for g in cache.groups)
+    if sizes != expected or windows != index.windows:
+        raise ValueError(
+            "index: made for another config: (page_size, max_pages_per_seq, num_pages) is "
+            f"{expected} with windows {index.windows}, the cache's {sizes} with {windows}"
+        )
+
+
+def _check_rows(
+    cache: PagedKVCache, index: Index, rows: Any, prompts: Any, extra_keys: Any
+) -> tuple[list[int], list[Any]]:
+    _check_cache(cache, index)
+    rows = [_checks.static_int("row", row, minimum=0) for row in rows]
+    if rows and max(rows) >= cache.max_seqs:
+        raise ValueError(f"row: must be below {cache.max_seqs}, got {max(rows)}")
+    if len(set(rows)) < len(rows):
+        raise ValueError(f"rows: expected different rows, got {rows}")
+    extra_keys = [None] * len(rows) if extra_keys is None else list(extra_keys)
+    for name, values in (("prompts", prompts), ("extra_keys", extra_keys)):
+        if len(values) != len(rows):
+            raise ValueError(f"{name}: expected one for each of {len(rows)} rows, got {len(values)}")
+    return rows, extra_keys
+
+
+def _set_time(draft: Draft, now: float | None) -> None:
+    if now is not None:
+        if not now >= draft.now or now == math.inf:
+            raise ValueError(f"now: expected a finite time, {draft.now} or later, got {now}")
+        draft.now = float(now)

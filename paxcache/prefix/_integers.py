@@ -1,0 +1,156 @@
+"""The cache's side of sharing: tables and reference counts, as jitted integer functions.
+
+Imports `_allocator`, `_checks` and `_cache`.
+
+Pages stay outside each jit. The host reads and writes a few rows in one transfer each; lists are padded to powers of
+two, so that few programs are compiled whatever their lengths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paxcache import _allocator, _checks
+from paxcache._cache import _integers_only
+from paxcache._types import NO_PAGE, PagedKVCache
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxtyping import Array, Int32
+
+
+def read_rows(
+    cache: PagedKVCache, rows: Sequence[int]
+) -> tuple[Int32[np.ndarray, "N"], Int32[np.ndarray, "N G M"]]:
+    """Lengths and tables of some rows: one transfer to the host."""
+    wanted = _padded(rows, 0)
+    data = np.asarray(_read_rows(cache.seq_lens, [g.block_tables for g in cache.groups], wanted))[: len(rows)]
+    return data[:, 0], data[:, 1:].reshape(len(rows), len(cache.groups), -1)
+
+
+@jax.jit
+def _read_rows(seq_lens, tables, rows):
+    return jnp.concatenate([seq_lens[rows][:, None], *(t[rows] for t in tables)], axis=1)
+
+
+def read_counts(cache: PagedKVCache) -> list[Int32[np.ndarray, "P"]]:
+    """Reference counts of all groups: one transfer to the host."""
+    return jax.device_get([g.ref_counts for g in cache.groups])
+
+
+def write_rows(
+    cache: PagedKVCache,
+    rows: Sequence[int],
+    seq_lens: Int32[np.ndarray, "N"],
+    tables: Int32[np.ndarray, "N G M"],
+    taken: Sequence[Sequence[int]],
+) -> PagedKVCache:
+    """Gives rows new tables and lengths, and adds a reference to each of the pages `taken` in each group."""
+    ids = _padded(rows, cache.max_seqs)
+    extra = len(ids) - len(rows)
+    lens = np.pad(np.asarray(seq_lens, np.int32), (0, extra))
+    tables = np.pad(np.asarray(tables, np.int32), ((0, extra), (0, 0), (0, 0)), constant_values=NO_PAGE)
+    return _integers_only(_write_rows, cache, ids, lens, tables, _padded_lists(taken))
+
+
+@jax.jit
+def _write_rows(cache, rows, seq_lens, tables, taken):
+    groups = []
+    for g, (group, pages) in enumerate(zip(cache.groups, taken, strict=True)):
+        new_tables, counts = set_rows(group.block_tables, group.ref_counts, rows, tables[:, g])
+        counts = _allocator.add_references(counts, pages, 1)
+        groups.append(dataclasses.replace(group, block_tables=new_tables, ref_counts=counts))
+    return (PagedKVCache(cache.seq_lens.at[rows].set(seq_lens, mode="drop"), tuple(groups)),)
+
+
+def set_rows(
+    block_tables: Int32[Array, "B M"],
+    ref_counts: Int32[Array, "P"],
+    rows: Int32[Array, "N"],
+    new: Int32[Array, "N M"],
+) -> tuple[Int32[Array, "B M"], Int32[Array, "P"]]:
+    """Tables with some rows replaced, and the counts after that; row B stands for none."""
+    old = block_tables.at[rows].get(mode="fill", fill_value=NO_PAGE)
+    new = jnp.where((rows < block_tables.shape[0])[:, None], new, NO_PAGE)
+    return block_tables.at[rows].set(new, mode="drop"), _allocator.remap(old, ref_counts, new)
+
+
+def add_references(cache: PagedKVCache, pages: Sequence[Sequence[int]], amount: int) -> PagedKVCache:
+    """Adds `amount` to the count of each of the pages in each group."""
+    if not any(len(p) for p in pages):
+        return cache
+    return _integers_only(_add_references, cache, _padded_lists(pages), np.int32(amount))
+
+
+@jax.jit
+def _add_references(cache, pages, amount):
+    groups = tuple(
+        dataclasses.replace(g, ref_counts=_allocator.add_references(g.ref_counts, p, amount))
+        for g, p in zip(cache.groups, pages, strict=True)
+    )
+    return (dataclasses.replace(cache, groups=groups),)
+
+
+def _padded(values: Sequence[int], fill: int) -> Int32[np.ndarray, "N"]:
+    size = 1 << max(len(values) - 1, 0).bit_length()
+    return np.pad(np.asarray(values, np.int32), (0, size - len(values)), constant_values=fill)
+
+
+def _padded_lists(lists: Sequence[Sequence[int]]) -> tuple[Int32[np.ndarray, "N"], ...]:
+    """Lists of pages of one power of two of entries, padded with NO_PAGE."""
+    size = 1 << max(max(map(len, lists)) - 1, 0).bit_length()
+    return tuple(np.pad(np.asarray(x, np.int32), (0, size - len(x)), constant_values=NO_PAGE) for x in lists)
+
+
+def shortfall(
+    cache: PagedKVCache,
+    query_lens: Int32[Array, "B"],
+    *,
+    num_tokens: int | None,
+    max_query_len: int | None,
+) -> Int32[Array, "G"]:
+    """In each group, the pages that `extend` with these arguments would lack. Rows that can never fit need none."""
+    if (num_tokens is None) == (max_query_len is None):
+        raise ValueError("give exactly one of num_tokens (packed) and max_query_len (row-aligned)")
+    query_lens = _checks.int_array("query_lens", query_lens, "B", B=cache.max_seqs)
+    if num_tokens is not None:
+        num_tokens = _checks.static_int("num_tokens", num_tokens, minimum=1)
+    else:
+        max_query_len = _checks.static_int("max_query_len", max_query_len, minimum=1)
+    tables = [g.block_tables for g in cache.groups]
+    counts = [g.ref_counts for g in cache.groups]
+    windowed = tuple(g.sliding_window is not None for g in cache.groups)
+    size = cache.page_size
+    return _shortfall(cache.seq_lens, tables, counts, query_lens, num_tokens, max_query_len, size, windowed)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
+def _shortfall(seq_lens, tables, ref_counts, query_lens, num_tokens, max_query_len, page_size, windowed):
+    broken = jnp.zeros(seq_lens.shape[0], bool)
+    for table, has_window in zip(tables, windowed, strict=True):
+        if has_window:
+            broken |= _allocator.lacks_last_page(table, seq_lens, page_size=page_size)
+    request = _allocator.request(
+        seq_lens,
+        query_lens,
+        num_tokens=num_tokens,
+        max_query_len=max_query_len,
+        row_capacity=tables[0].shape[1] * page_size,
+        broken=broken,
+    )
+    most = num_tokens if max_query_len is None else max_query_len
+    missing: list[Any] = []
+    for table, counts in zip(tables, ref_counts, strict=True):
+        touched = _allocator.touch(
+            table, counts, seq_lens, request.query_lens, page_size=page_size, max_query_len=most
+        )
+        free = (counts == 0).sum(dtype=jnp.int32)
+        missing.append(jnp.maximum(touched.needs.sum(dtype=jnp.int32) - free, 0))
+    return jnp.stack(missing)

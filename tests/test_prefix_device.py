@@ -1,0 +1,461 @@
+"""The prefix index inside compiled programs: it does what the host index does, without the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+import paxcache
+from bench_prefix import rollout
+from driver import config_of, copy_of
+from paxcache import prefix
+from paxcache.prefix import device
+from test_in_place import _HOST, assert_in_place, cache_shapes, shape, text_of
+from test_in_place import config as big_config
+from test_prefix import layer_group, random_prompts
+
+S, M, B, L, T = 2, 4, 3, 8, 24
+CONFIGS = (
+    config_of(layer_group(), page_size=S, num_pages=10, max_seqs=B, max_pages_per_seq=M),
+    config_of(
+        layer_group(),
+        layer_group(num_pages=11),
+        page_size=S,
+        num_pages=10,
+        max_seqs=B,
+        max_pages_per_seq=M,
+    ),
+)
+
+
+def padded(prompts, width=L):
+    """tokens i32[N, width] and lens i32[N]; what lies past a length is noise that nobody may read."""
+    tokens = np.full((len(prompts), width), 7, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return jnp.asarray(tokens), jnp.array([len(p) for p in prompts], jnp.int32)
+
+
+def assert_same_cache(a: paxcache.PagedKVCache, b: paxcache.PagedKVCache) -> None:
+    np.testing.assert_array_equal(a.seq_lens, b.seq_lens)
+    for x, y in zip(a.groups, b.groups, strict=True):
+        np.testing.assert_array_equal(x.block_tables, y.block_tables)
+        np.testing.assert_array_equal(x.ref_counts, y.ref_counts)
+
+
+class Pair:
+    """The same calls on a host index and a device index, each with a cache of its own, compared integer by integer."""
+
+    def __init__(self, config: paxcache.CacheConfig):
+        self.host_cache = self.cache = paxcache.init(config)
+        self.host, self.index = prefix.init(config), device.init(config)
+        self.tokens: list[list[int]] = [[] for _ in range(B)]
+        self.keys = [0] * B
+
+    def check(self):
+        assert_same_cache(self.cache, self.host_cache)
+        held = device.held(self.cache, self.index)
+        for mine, its in zip(held, prefix.held(self.host), strict=True):
+            np.testing.assert_array_equal(mine, its)
+        paxcache.check(self.cache, held=tuple(map(np.asarray, held)))
+        assert int(self.index.num_entries) == self.host.num_entries
+        used = np.flatnonzero(np.asarray(self.index.depths) >= 0)
+        parents = np.asarray(self.index.parents)[used]
+        assert set(parents[parents >= 0].tolist()) <= set(used.tolist()), "an entry lost its parent"
+
+    @staticmethod
+    def padded(rows, prompts, keys):
+        """Arguments for two rows in the shapes that `published` has, so that few programs are compiled."""
+        return (jnp.array([*rows, -1]), *padded([*prompts, []])), jnp.array([*keys, 0])
+
+    def admit(self, rows, prompts, keys):
+        lens = np.asarray(self.cache.seq_lens)
+        self.host_cache, self.host, wanted = prefix.admit_rows(
+            self.host_cache, self.host, rows, prompts, extra_keys=keys, partial=False
+        )
+        args, padded_keys = self.padded(rows, prompts, keys)
+        self.cache, self.index, reused = device.admit(self.cache, self.index, *args, extra_keys=padded_keys)
+        assert reused.tolist() == [*wanted.tolist(), -1]
+        for row, prompt, key in zip(rows, prompts, keys, strict=True):
+            if lens[row] == 0:
+                self.tokens[row], self.keys[row] = list(prompt), key
+        self.check()
+
+    def compute(self, row, extra):
+        count = min(extra, len(self.tokens[row]) - int(self.cache.seq_lens[row]))
+        lens = jnp.zeros(B, jnp.int32).at[row].set(max(count, 0))
+        self.make_room(lens)
+        self.host_cache, _ = paxcache.extend(self.host_cache, lens, num_tokens=T)
+        self.cache, step = paxcache.extend(self.cache, lens, num_tokens=T)
+        self.check()
+        return step
+
+    def make_room(self, lens):
+        self.host_cache, self.host, wanted = prefix.make_room(self.host_cache, self.host, lens, num_tokens=T)
+        self.cache, self.index, freed = device.make_room(self.cache, self.index, lens, num_tokens=T)
+        assert int(freed) == wanted
+        self.check()
+
+    def publish(self, rows):
+        keys = [self.keys[row] for row in rows]
+        prompts = [self.tokens[row] for row in rows]
+        self.host_cache, self.host = prefix.publish_rows(
+            self.host_cache, self.host, rows, prompts, extra_keys=keys
+        )
+        args, padded_keys = self.padded(rows, prompts, keys)
+        self.cache, self.index, lost = device.publish(self.cache, self.index, *args, extra_keys=padded_keys)
+        assert int(lost) == 0
+        self.check()
+
+    def release(self, rows):
+        gone = jnp.asarray([row in rows for row in range(B)])
+        self.host_cache, self.cache = (
+            paxcache.release(self.host_cache, gone),
+            paxcache.release(self.cache, gone),
+        )
+        for row in rows:
+            self.tokens[row] = []
+
+    def evict(self, count):
+        self.host_cache, self.host, wanted = prefix.evict(self.host_cache, self.host, count)
+        self.cache, self.index, freed = device.evict(self.cache, self.index, count)
+        assert int(freed) == wanted
+        self.check()
+
+    def match(self, prompts, keys):
+        (_, *args), padded_keys = self.padded((0, 0), prompts, keys)
+        found = device.match(self.index, *args, extra_keys=padded_keys)
+        for n, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
+            wanted = prefix.match(self.host, prompt, extra_key=key, partial=False)
+            assert int(found.num_tokens[n]) == wanted.num_tokens
+            entries = np.asarray(found.entries)[n]
+            for g, pages in enumerate(self.index.pages):
+                np.testing.assert_array_equal(np.asarray(pages)[entries[entries >= 0]], wanted.ids[:, g])
+
+    def fork(self, parent, child):
+        pair = jnp.array([parent]), jnp.array([child])
+        self.host_cache, _ = paxcache.fork(self.host_cache, *pair)
+        was = int(self.cache.seq_lens[child])
+        self.cache, ok = paxcache.fork(self.cache, *pair)
+        if bool(ok[0]) and was == 0 and int(self.cache.seq_lens[child]):
+            self.tokens[child], self.keys[child] = list(self.tokens[parent]), self.keys[parent]
+
+
+some_rows = st.lists(st.integers(0, B - 1), min_size=2, max_size=2, unique=True)
+serve = st.tuples(
+    st.just("serve"),
+    some_rows,
+    st.tuples(random_prompts, random_prompts),
+    st.tuples(st.sampled_from([0, 0, 0, 1]), st.sampled_from([0, 0, 0, -5])),
+    st.sampled_from(["admit", "compute", "publish", "publish", "release", "release"]),
+)
+programs = st.lists(
+    st.one_of(
+        serve,
+        serve,
+        st.tuples(st.just("evict"), st.integers(0, 4)),
+        st.tuples(st.just("go on"), some_rows, st.integers(1, 5)),
+        st.tuples(st.just("release"), some_rows),
+        st.tuples(st.just("match"), st.tuples(random_prompts, random_prompts), st.just((0, 1))),
+        st.tuples(st.just("fork"), st.integers(0, B - 1), st.integers(0, B - 1)),
+        st.tuples(st.just("make room"), st.lists(st.integers(0, 8), min_size=B, max_size=B)),
+    ),
+    min_size=5,
+    max_size=25,
+)
+
+
+@hypothesis.settings(max_examples=20)
+@hypothesis.given(config=st.sampled_from(CONFIGS), program=programs)
+def test_the_device_index_does_what_the_host_index_does(config, program):
+    """Same tokens reused, same pages mapped, shared, folded and evicted: the caches agree in every integer."""
+    pair = Pair(config)
+    for name, *args in program:
+        if name == "serve":
+            rows, both, keys, way = args
+            pair.release(rows)
+            pair.admit(rows, both, keys)
+            if way != "admit":
+                for row in rows:
+                    pair.compute(row, L)
+            if way in ("publish", "release"):
+                pair.publish(rows)
+            if way == "release":
+                pair.release(rows)
+        elif name == "go on":
+            rows, extra = args
+            for row in rows:
+                pair.compute(row, extra)
+            pair.publish(rows)
+        else:
+            getattr(pair, name.replace(" ", "_"))(
+                *(jnp.array(a) for a in args) if name == "make room" else args
+            )
+    pair.release(range(B))
+    pair.evict(100)
+    assert int(pair.index.num_entries) == 0
+
+
+def published(config, prompts, *, width=L, capacity=None, index=None, cache=None):
+    """A cache whose rows computed the prompts (none where they are too few), and an index that holds them."""
+    cache = paxcache.init(config) if cache is None else cache
+    index = device.init(config, capacity=capacity) if index is None else index
+    tokens, lens = padded([*prompts, *[[]] * (cache.max_seqs - len(prompts))], width)
+    rows = jnp.arange(cache.max_seqs)
+    cache, index, _ = device.admit(cache, index, rows, tokens, lens)
+    cache, step = paxcache.extend(cache, lens - cache.seq_lens, num_tokens=cache.max_seqs * width)
+    step.raise_if_failed()
+    return *device.publish(cache, index, rows, tokens, lens), tokens, lens
+
+
+def test_a_full_index_drops_the_oldest_and_says_so():
+    config = config_of(layer_group(), page_size=2, num_pages=32, max_seqs=4, max_pages_per_seq=8)
+    cache, index, lost, *_ = published(config, [[1] * 4, [2] * 4], width=14, capacity=5)
+    assert int(lost) == 0 and int(index.num_entries) == 4
+    cache = paxcache.release(cache, jnp.ones(4, bool))
+    cache, index, lost, *_ = published(config, [[1] * 2, [3] * 6], width=14, cache=cache, index=index)
+    assert int(lost) == 2  # one was free; the first prompt's last page went, then the second one's
+    paxcache.check(cache, held=tuple(map(np.asarray, device.held(cache, index))))
+    found = device.match(index, *padded([[1] * 4, [2] * 4, [3] * 6, [4]], 14))
+    assert found.num_tokens.tolist() == [2, 2, 6, 0]
+    # A prompt longer than the index: the entries used before go, and of its own the first ones stay.
+    cache = paxcache.release(cache, jnp.ones(4, bool))
+    cache, index, lost, *_ = published(config, [[4] * 14], width=14, cache=cache, index=index)
+    assert int(lost) == 5 + 2 and int(index.num_entries) == 5
+    assert device.match(index, *padded([[4] * 14] * 4, 14)).num_tokens.tolist() == [10] * 4
+    paxcache.check(cache, held=tuple(map(np.asarray, device.held(cache, index))))
+
+
+def test_statuses_of_admit():
+    config = CONFIGS[0]
+    cache, index, _, tokens, lens = published(config, [[1, 2, 3, 4, 5]])
+    rows = jnp.array([0, 1, 2, 2, -1, B, -9])
+    before = copy_of(cache)
+    cache, index, reused = device.admit(
+        cache, index, rows, jnp.broadcast_to(tokens[0], (7, L)), jnp.full(7, lens[0])
+    )
+    assert reused.tolist() == [-1, 4, -1, -1, -1, -1, -1]
+    assert cache.seq_lens.tolist() == [5, 4, 0]
+    np.testing.assert_array_equal(cache.groups[0].block_tables[0], before.groups[0].block_tables[0])
+    paxcache.check(cache, held=tuple(map(np.asarray, device.held(cache, index))))
+
+
+@pytest.mark.parametrize("lens", [[0, 0], [1, -3], [99, 2]])
+def test_lengths_out_of_range_are_harmless(lens):
+    cache, index, _, tokens, _ = published(CONFIGS[0], [[1, 2, 3, 4], [1, 2]])
+    rows, lens = jnp.arange(B), jnp.array([*lens, 0])
+    cache = paxcache.release(cache, jnp.ones(B, bool))
+    wanted = [min(max(n - 1, 0) // S * S, stored) for n, stored in zip(lens.tolist(), (4, 2, 0), strict=True)]
+    cache, index, reused = device.admit(cache, index, rows, tokens, lens)
+    assert reused.tolist() == wanted
+    cache, index, _ = device.publish(cache, index, rows, tokens, lens)
+    paxcache.check(cache, held=tuple(map(np.asarray, device.held(cache, index))))
+
+
+def test_prompts_shorter_than_a_page():
+    _, index, lost, tokens, lens = published(CONFIGS[0], [[1], [2]])
+    assert int(index.num_entries) == 0 and int(lost) == 0
+    assert device.match(index, tokens, lens).num_tokens.tolist() == [0, 0, 0]
+
+
+def test_hash_collisions_never_serve_another_text(monkeypatch):
+    """GHSA-rm76-4mrf-v9r8. With every hash equal one prompt's pages are found at most, and only for its own text."""
+    monkeypatch.setattr(
+        device, "_hash", lambda pages, extra_keys: jnp.full((2, *pages.shape[:2]), 5, jnp.uint32)
+    )
+    # No other test has these shapes: the programs traced here are not used again.
+    config = config_of(layer_group(), page_size=3, num_pages=13, max_seqs=4, max_pages_per_seq=5)
+    mine, others = [1, 2, 3, 4, 5, 6], [[1, 2, 9, 4, 5, 6], [9, 9, 9, 4, 5, 6], [4, 5, 6]]
+    cache, index, _, tokens, lens = published(config, [mine, *others], width=6)
+    assert len(set(np.asarray(index.hashes[0]).tolist())) == 2  # that of every text, and that of free entries
+    for _ in range(2):
+        found = device.match(index, tokens, lens)
+        ids = np.asarray(index.pages[0])
+        for n, entries in enumerate(np.asarray(found.entries)):
+            for w, entry in enumerate(entries):
+                if entry >= 0:
+                    np.testing.assert_array_equal(index.tokens[entry], tokens[n, 3 * w : 3 * w + 3])
+                    assert ids[entry] == cache.groups[0].block_tables[n, w]
+        elsewhere = device.match(index, tokens, lens, extra_keys=jnp.full(4, 8))
+        assert not elsewhere.num_tokens.any()
+        num_entries = int(index.num_entries)
+        cache, index, _ = device.publish(cache, index, jnp.arange(4), tokens, lens)
+        assert int(index.num_entries) <= num_entries  # what collides is not stored again and again
+        paxcache.check(cache, held=tuple(map(np.asarray, device.held(cache, index))))
+    cache = paxcache.release(cache, jnp.ones(4, bool))
+    cache, index, _ = device.evict(cache, index, 100)
+    assert int(index.num_entries) == 0 and not cache.groups[0].ref_counts.any()
+
+
+def test_hashes_differ_where_texts_do():
+    """Single tokens changed, moved and swapped, and extra keys: all of these prefixes have hashes of their own."""
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 50_000, 16)
+    texts = [base, base[::-1], np.zeros(16), np.ones(16), np.arange(16), -np.ones(16)]
+    for i in range(16):
+        for change in (1, -1, 2**16, 2**31 - 1 - int(base[i])):
+            texts.append(np.where(np.arange(16) == i, base + change, base))
+        texts.append(np.roll(base, i + 1) if i < 15 else base[::-1] + 1)
+    pages = jnp.asarray(np.stack(texts).astype(np.int32)).reshape(-1, 4, 4)
+    hashes = [np.asarray(device._hash(pages, jnp.full(len(texts), key))) for key in (0, 1, -1)]
+    names, words = {}, set()
+    for key, lanes in zip((0, 1, -1), hashes, strict=True):
+        for n, text in enumerate(texts):
+            for w in range(4):
+                word = tuple(lanes[:, n, w].tolist())
+                name = (key, tuple(text[: 4 * w + 4].tolist()))
+                assert names.setdefault(name, word) == word
+                words.add(word)
+    assert len(words) == len(names) > 500
+
+
+def test_a_page_that_an_entry_with_another_key_holds_is_not_stored_twice():
+    cache, index, _, tokens, lens = published(CONFIGS[0], [[1, 2, 3, 4]])
+    cache, index, _ = device.publish(cache, index, jnp.arange(B), tokens, lens, extra_keys=jnp.full(B, 3))
+    assert int(index.num_entries) == 2
+    cache = paxcache.release(cache, jnp.ones(B, bool))
+    cache, index, freed = device.evict(cache, index, 2)
+    assert int(freed) == 2 and not cache.groups[0].ref_counts.any()
+
+
+def test_what_hangs_below_is_kept_with_all_before_it():
+    """A page that somebody else references, here its last, keeps the pages before it: no entry loses its parent."""
+    cache, index, _, tokens, lens = published(CONFIGS[0], [[1, 2, 3, 4, 5, 6, 7, 8]])
+    last = cache.groups[0].block_tables[0, 3]
+    cache = paxcache.release(cache, jnp.ones(B, bool))
+    counts = cache.groups[0].ref_counts
+    group = dataclasses.replace(cache.groups[0], ref_counts=counts.at[last].add(1))
+    busy, index, freed = device.evict(dataclasses.replace(cache, groups=(group,)), index, 100)
+    assert int(freed) == 0 and device.match(index, tokens, lens).num_tokens.tolist() == [8, 0, 0]
+    group = dataclasses.replace(busy.groups[0], ref_counts=counts)
+    _, index, freed = device.evict(dataclasses.replace(busy, groups=(group,)), index, 100)
+    assert int(freed) == 4 and int(index.num_entries) == 0
+
+
+def test_reset():
+    cache, index, _, tokens, lens = published(CONFIGS[0], [[1, 2, 3, 4], [1, 2, 5, 6]])
+    cache, index = device.reset(cache, index)
+    assert not device.match(index, tokens, lens).num_tokens.any()
+    paxcache.check(cache)
+    cache, index, _ = device.publish(cache, index, jnp.arange(B), tokens, lens)
+    assert device.match(index, tokens, lens).num_tokens.tolist() == [4, 4, 0]
+
+
+# Compiled programs.
+
+
+def sampled(config, prompts, lens, **options):
+    """The example's compiled loop, cache and index given away."""
+    run = jax.jit(lambda cache, index: rollout(cache, index, prompts, lens, **options), donate_argnums=(0, 1))
+    cache, index, computed, most, fine = run(paxcache.init(config), device.init(config))
+    assert bool(fine)
+    paxcache.check(cache, held=tuple(map(np.asarray, device.held(cache, index))))
+    assert not cache.seq_lens.any()
+    return cache, index, int(computed), int(most)
+
+
+def test_a_rollout_computes_and_stores_its_prompt_once():
+    """16 samples of one prompt of 21 tokens, 4 at a time: one computes it, the others its last token."""
+    lanes = 4
+    config = config_of(layer_group(), page_size=4, num_pages=64, max_seqs=lanes, max_pages_per_seq=8)
+    prompts, lens = jnp.arange(21)[None], jnp.array([21])
+    cache, index, computed, most = sampled(config, prompts, lens, num_samples=16, num_lanes=lanes, num_new=3)
+    assert computed == 21 + 15 * 1 + 16 * 3
+    assert most == 5 + lanes  # the prompt's pages once, and one of its own for each sample
+    assert int(index.num_entries) == int((cache.groups[0].ref_counts > 0).sum()) == 5
+
+
+def test_a_rollout_of_many_prompts_shares_their_common_start_and_evicts_on_need():
+    config = config_of(layer_group(), page_size=4, num_pages=12, max_seqs=2, max_pages_per_seq=6)
+    own = np.random.default_rng(0).integers(9, 99, (6, 9))
+    prompts = jnp.asarray(np.concatenate([np.tile(np.arange(8), (6, 1)), own], axis=1))
+    _, index, computed, most = sampled(
+        config, prompts, jnp.full(6, 17), num_samples=2, num_lanes=2, num_new=2
+    )
+    assert most <= 12
+    assert computed == 8 + 6 * 9 + 6 * 1 + 12 * 2  # the common start once, each prompt once
+    assert int(device.match(index, prompts[:1], jnp.array([8])).num_tokens[0]) == 8
+
+
+def test_programs_are_in_place_without_loops_and_host():
+    """No pass over a pool, no `while`, no host transfer, whatever is done to the index between two steps."""
+    config = big_config()
+    cache = cache_shapes(config)
+    index = jax.eval_shape(lambda: device.init(config, capacity=512))
+    rows, tokens, lens = shape(3, dtype="int32"), shape(3, 32, dtype="int32"), shape(3, dtype="int32")
+
+    def program(cache, index, rows, tokens, lens, query_lens):
+        cache, index, reused = device.admit(cache, index, rows, tokens, lens)
+        cache, index, lost = device.publish(cache, index, rows, tokens, lens)
+        cache, index, freed = device.make_room(cache, index, query_lens, num_tokens=8)
+        cache, index, more = device.evict(cache, index, reused.sum())
+        return cache, index, lost + freed + more
+
+    compiled = (
+        jax.jit(program, donate_argnums=(0, 1))
+        .lower(cache, index, rows, tokens, lens, shape(config.max_seqs, dtype="int32"))
+        .compile()
+    )
+    assert_in_place(compiled, cache)
+    text = text_of(compiled)
+    assert " while(" not in text and not _HOST.search(text)
+
+
+def test_vmap():
+    """Two caches and two indices side by side are two of each."""
+    config = CONFIGS[0]
+    prompts = [[[1, 2, 3, 4, 5], [1, 2, 9, 9]], [[5, 5, 5, 5, 5], [5, 5, 1, 1]]]
+    made = [published(config, p) for p in prompts]
+    caches, indices, _, tokens, lens = jax.tree.map(lambda *x: jnp.stack(x), *made)
+
+    def again(cache, index, tokens, lens, count):
+        cache = paxcache.release(cache, jnp.ones(B, bool))
+        cache, index, freed = device.evict(cache, index, count)
+        cache, index, reused = device.admit(cache, index, jnp.array([1, 0, 2]), tokens, lens)
+        cache, index, lost = device.publish(cache, index, jnp.arange(B), tokens, lens)
+        return cache, index, freed, reused, lost
+
+    both = jax.vmap(again)(caches, indices, tokens, lens, jnp.array([1, 2]))
+    for n, (cache, index, _, its_tokens, its_lens) in enumerate(made):
+        alone = again(cache, index, its_tokens, its_lens, jnp.int32(n + 1))
+        for x, y in zip(jax.tree.leaves(both), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_array_equal(x[n], y)
+
+
+def test_one_program_serves_all_lengths():
+    from test_faults import no_compilation
+
+    cache, index, _, tokens, lens = published(CONFIGS[0], [[1, 2, 3, 4, 5], [1, 2, 9, 9]])
+    call = functools.partial(device.publish, cache, index, jnp.arange(B), tokens)
+    call(lens)
+    device.evict(cache, index, 1)
+    with no_compilation():
+        for n in range(5):
+            call(jnp.array([n, 4 - n, 0]))
+            device.evict(cache, index, n)
+
+
+def test_arguments_are_named():
+    cache, index, _, tokens, lens = published(CONFIGS[0], [[1, 2, 3, 4]])
+    windowed = config_of(layer_group(sliding_window=3), page_size=S)
+    with pytest.raises(NotImplementedError, match="groups with a sliding window"):
+        device.init(windowed)
+    with pytest.raises(NotImplementedError, match="groups with a sliding window"):
+        device.evict(paxcache.init(windowed), index, 1)
+    with pytest.raises(ValueError, match="index: made for 1 groups of page_size 2, the cache has 2 of 2"):
+        device.evict(paxcache.init(CONFIGS[1]), index, 1)
+    with pytest.raises(ValueError, match=r"rows: expected shape \[N=1\], got int32\[2\]"):
+        device.admit(cache, index, jnp.array([0, 1]), tokens[:1], lens[:1])
+    with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
+        device.init(CONFIGS[0], capacity=0)
+    bad: Any = [1.0] * B
+    with pytest.raises(TypeError, match="lens: expected integer values"):
+        device.match(index, tokens, bad)
