@@ -12,6 +12,7 @@ The cache is a value: `init` makes one, and every other function takes one and r
 `paxcache.linen` hold the Flax layers and are imported by name, since they alone need Flax.
 """
 
+from paxcache import offload as offload
 from paxcache import ops as ops
 from paxcache import prefix as prefix
 from paxcache import sharding as sharding

@@ -94,7 +94,7 @@ def extend(
       num_tokens: tokens that a packed step holds, T (static): tokens follow each other in row order, what is left at
         the end is padding.
       max_query_len: tokens that a row can have in a row-aligned step, Q (static): tokens are [B, Q].
-        Give exactly one of the two.
+        Give exactly one of the two. A decode loop should give this one: kernels then know that rows are short.
       implementation: backend of the copy and of the plan, see `paxcache.ops`.
 
     Returns:

@@ -1,0 +1,806 @@
+"""Pages and rows that go to the host come back bit for bit; refused calls change nothing; pools stay in place."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+import paxcache
+from driver import config_of, copy_of
+from paxcache import offload
+from paxcache._types import Pages
+from test_in_place import _HOST, assert_in_place, cache_shapes, shape, text_of
+from test_in_place import config as big_config
+
+S, M, B = 4, 4, 4
+UINT = {2: np.uint16, 4: np.uint32}
+
+
+def group(**changes) -> paxcache.LayerGroup:
+    return paxcache.LayerGroup(
+        **{"num_layers": 2, "num_kv_heads": 2, "head_dim": 4, "dtype": jnp.float32, **changes}
+    )
+
+
+LAYOUTS = {
+    "f32": config_of(group()),
+    "f16": config_of(group(dtype=jnp.float16)),
+    "bf16": config_of(group(dtype=jnp.bfloat16)),
+    "narrow values": config_of(group(v_head_dim=2)),
+    "no values": config_of(group(v_head_dim=0, dtype=jnp.bfloat16)),
+    "groups": config_of(
+        group(), group(num_layers=1, v_head_dim=0, dtype=jnp.bfloat16, sliding_window=5, num_pages=9)
+    ),
+}
+each_layout = pytest.mark.parametrize("config", LAYOUTS.values(), ids=LAYOUTS)
+
+
+def bits(array) -> np.ndarray:
+    """An array as unsigned integers: NaN payloads count."""
+    array = np.asarray(array)
+    return array.view(UINT[array.dtype.itemsize]) if array.dtype.kind in "fV" else array
+
+
+def assert_same(a, b) -> None:
+    """Trees equal in every leaf and bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(bits(x), bits(y))
+
+
+def with_random_bits(cache: paxcache.PagedKVCache, seed: int = 0) -> paxcache.PagedKVCache:
+    """Every bit pattern in the pages: infinities, subnormal numbers and NaN with payloads among them."""
+    rng = np.random.default_rng(seed)
+
+    def fill(pool):
+        return jnp.asarray(rng.integers(0, 256, pool.nbytes, np.uint8).view(pool.dtype).reshape(pool.shape))
+
+    groups = [dataclasses.replace(g, pages=jax.tree.map(fill, g.pages)) for g in cache.groups]
+    return dataclasses.replace(cache, groups=tuple(groups))
+
+
+def filled(config: paxcache.CacheConfig, lens, seed: int = 0) -> paxcache.PagedKVCache:
+    """Rows of these lengths over pages of random bits. They take pages in turn, so that each has scattered ones."""
+    cache = with_random_bits(paxcache.init(config), seed)
+    for start in range(0, max(lens), S):
+        step = jnp.array([min(max(n - start, 0), S) for n in lens])
+        cache, result = paxcache.extend(cache, step, max_query_len=S)
+        result.raise_if_failed()
+    return cache
+
+
+def row_content(cache: paxcache.PagedKVCache, row: int):
+    """What a row holds, by column: its length, its holes, and the bits of its pages in every group and leaf."""
+    content = [int(cache.seq_lens[row])]
+    for g in cache.groups:
+        table = np.asarray(g.block_tables[row])
+        content.append((table >= 0).tolist())
+        for pool in jax.tree.leaves(g.pages):
+            content.append(bits(pool)[:, table[table >= 0]].tolist())
+    return content
+
+
+def ids(*rows: int):
+    return jnp.array(rows, jnp.int32)
+
+
+def used(cache) -> list[int]:
+    return [int((g.ref_counts > 0).sum()) for g in cache.groups]
+
+
+# Pages.
+
+
+@each_layout
+def test_pages_come_back_bit_for_bit(config):
+    cache = filled(config, (13, 6, 0, 0))
+    names = tuple(jnp.asarray(np.r_[np.flatnonzero(g.ref_counts)[::-1], -1]) for g in cache.groups)
+    extent = offload.swap_out(cache, names)
+    for leaf in jax.tree.leaves(extent.blocks):
+        assert leaf.sharding.memory_kind == "pinned_host"
+    target = with_random_bits(paxcache.init(config), seed=1)
+    before = copy_of(target)
+    target, found, ok = offload.swap_in(target, extent)
+    assert ok
+    for old, blank, new, source, place in zip(
+        cache.groups, before.groups, target.groups, *jax.device_get((names, found)), strict=True
+    ):
+        assert place[-1] == -1
+        assert sorted(place[:-1]) == list(range(len(place) - 1))
+        untouched = np.setdiff1d(np.arange(new.ref_counts.shape[0]), place)
+        for a, b, c in zip(*(jax.tree.leaves(x.pages) for x in (old, blank, new)), strict=True):
+            np.testing.assert_array_equal(bits(a)[:, source[:-1]], bits(c)[:, place[:-1]])
+            np.testing.assert_array_equal(bits(b)[:, untouched], bits(c)[:, untouched])
+    paxcache.check(target, held=tuple(np.bincount(p[p >= 0], minlength=g.ref_counts.shape[0])
+                                      for p, g in zip(map(np.asarray, found), target.groups, strict=True)))  # fmt: skip
+    target = offload.drop(target, found)
+    paxcache.check(target)
+    assert used(target) == [0] * len(config.layer_groups)
+
+
+def test_source_and_destination_are_not_swapped():
+    """Page 1 goes out and lands in page 5, the only free one: neither id may stand for the other."""
+    config = config_of(num_pages=6)
+    cache = filled(config, (16, 4, 0, 0))
+    marked = jnp.broadcast_to(jnp.arange(6.0)[None, :, None, None, None], cache.groups[0].pages.k.shape)
+    pages = Pages(marked, -marked)
+    cache = dataclasses.replace(cache, groups=(dataclasses.replace(cache.groups[0], pages=pages),))
+    extent = offload.swap_out(cache, ids(1))
+    assert np.unique(extent.blocks[0].k).tolist() == [1]
+    cache, found, ok = offload.swap_in(cache, extent)
+    assert ok and found[0].tolist() == [5]
+    assert cache.groups[0].pages.k[0, :, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 1]
+    assert cache.groups[0].pages.v is not None
+    assert cache.groups[0].pages.v[0, :, 0, 0, 0].tolist() == [0, -1, -2, -3, -4, -1]
+
+
+def test_swap_in_is_atomic_over_groups():
+    """Enough pages in one group and too few in the other: neither gives any."""
+    config = config_of(group(num_pages=12), group(num_pages=5))
+    cache = filled(config, (12, 0, 0, 0))
+    extent = offload.swap_out(cache, (ids(0, 1, 2), ids(0, 1, 2)))
+    after, found, ok = offload.swap_in(cache, extent)
+    assert not ok
+    assert all((np.asarray(f) == -1).all() for f in found)
+    assert_same(after, cache)
+    after, found, ok = offload.swap_in(cache, offload.swap_out(cache, (ids(0, 1, 2), ids(-1, 2))))
+    assert ok and found[1].tolist() == [-1, 3]
+
+
+def test_empty_requests_do_nothing():
+    """An empty list is not all pages."""
+    config = LAYOUTS["groups"]
+    cache = filled(config, (13, 6, 0, 0))
+    for nothing in (ids(), ids(-1, -1), ids(10, 2**30, -(2**31))):
+        extent = offload.swap_out(cache, (nothing, nothing))
+        assert not any(h.any() for h in extent.held)
+        after, found, ok = offload.swap_in(cache, extent)
+        assert ok and all((np.asarray(f) == -1).all() for f in found)
+        assert_same(after, cache)
+    host = offload.init(config, 8)
+    for nothing in (ids(), ids(-1), ids(2), ids(3, -1, -1)):
+        after, account, ticket = offload.preempt(cache, host, nothing)
+        assert ticket.ok
+        assert_same((after, account), (cache, host))
+        after, account, ok = offload.resume(cache, host, ticket, jnp.full(nothing.shape, -1, jnp.int32))
+        assert ok
+        assert_same((after, account), (cache, host))
+
+
+def test_pages_of_nobody_are_not_copied():
+    cache = filled(config_of(), (4, 0, 0, 0))
+    assert offload.swap_out(cache, ids(0, 1)).held[0].tolist() == [True, False]
+
+
+def test_extent_outlives_what_happens_to_its_pages():
+    cache = filled(config_of(), (9, 0, 0, 0))
+    extent = offload.swap_out(cache, ids(0, 1, 2))
+    kept = jax.tree.map(np.array, extent)
+    overwrite = jax.jit(lambda c: with_pages_of(c, lambda x: x * 0 + 1), donate_argnums=0)
+    overwrite(cache)
+    assert_same(jax.tree.map(np.array, extent), kept)
+
+
+def with_pages_of(cache, change):
+    groups = [dataclasses.replace(g, pages=jax.tree.map(change, g.pages)) for g in cache.groups]
+    return dataclasses.replace(cache, groups=tuple(groups))
+
+
+# Rows.
+
+
+@pytest.mark.parametrize(("layout", "jitted"), [*((name, False) for name in LAYOUTS), ("groups", True)])
+def test_rows_come_back_bit_for_bit(layout, jitted):
+    """Into other rows, over recycled pages, while the other rows keep theirs."""
+    config = LAYOUTS[layout]
+    preempt = jax.jit(offload.preempt) if jitted else offload.preempt
+    resume = jax.jit(offload.resume) if jitted else offload.resume
+    cache = filled(config, (13, 6, 5, 0))
+    old = [row_content(cache, b) for b in range(B)]
+    before = used(cache)
+    host = offload.init(config, 20)
+    cache, host, ticket = preempt(cache, host, ids(2, -1, 0))
+    assert ticket.ok
+    paxcache.check(cache)
+    assert cache.seq_lens.tolist() == [0, 6, 0, 0]
+    assert row_content(cache, 1) == old[1]
+    assert [a + b for a, b in zip(used(cache), host.used.tolist(), strict=True)] == before
+    cache, step = paxcache.extend(cache, jnp.array([0, 0, 7, 0]), num_tokens=7)
+    step.raise_if_failed()
+    noise = with_random_bits(
+        cache, seed=2
+    )  # whatever the freed pages hold now; the ticket has its own copies
+    cache = dataclasses.replace(noise, seq_lens=cache.seq_lens)
+    cache = paxcache.release(cache, jnp.array([False, False, True, False]))
+    cache, host, ok = resume(cache, host, ticket, ids(0, -1, 3))
+    assert ok
+    paxcache.check(cache)
+    assert host.used.tolist() == [0] * len(config.layer_groups)
+    assert row_content(cache, 0) == old[2]
+    assert row_content(cache, 3) == old[0]
+
+
+def test_shared_pages_are_copied_and_kept():
+    """Rows 0 and 1 share all pages; 0 goes, 1 stays; then both go on one ticket and are shared again."""
+    config = config_of()
+    cache = filled(config, (13, 0, 0, 0))
+    cache, ok = paxcache.fork(cache, ids(0), ids(1))
+    old = row_content(cache, 0)
+    host = offload.init(config, 4)
+    alone, account, ticket = offload.preempt(cache, host, ids(0))
+    paxcache.check(alone)
+    assert account.used.tolist() == [4] and used(alone) == [4]
+    assert row_content(alone, 1) == old
+    alone, account, ok = offload.resume(alone, account, ticket, ids(2))
+    assert ok and used(alone) == [8] and row_content(alone, 2) == old
+    paxcache.check(alone)
+
+    both, account, ticket = offload.preempt(cache, host, ids(1, 0))
+    assert ticket.ok and account.used.tolist() == [4] and used(both) == [0]
+    both, account, ok = offload.resume(both, account, ticket, ids(3, 2))
+    assert ok and used(both) == [4]
+    assert row_content(both, 2) == row_content(both, 3) == old
+    paxcache.check(both)
+
+
+def test_pages_with_references_from_outside_stay():
+    config = config_of()
+    cache = filled(config, (8, 0, 0, 0))
+    extent = offload.swap_out(cache, ids(0))
+    cache, found, _ = offload.swap_in(cache, extent)
+    host = offload.init(config, 4)
+    cache, host, _ = offload.preempt(cache, host, ids(0))
+    paxcache.check(cache, held=np.bincount(found[0], minlength=10))
+    assert used(cache) == [1]
+
+
+def test_holes_stay_holes():
+    """A window gave pages back, and a row was cut and extended: tables keep their columns."""
+    config = config_of(group(sliding_window=5))
+    cache = filled(config, (16, 0, 0, 0))
+    assert (np.asarray(cache.groups[0].block_tables[0]) >= 0).tolist() == [False, False, True, True]
+    old = row_content(cache, 0)
+    cache, host, ticket = offload.preempt(cache, offload.init(config, 2), ids(0))
+    assert ticket.ok and host.used.tolist() == [2]
+    cache, host, ok = offload.resume(cache, host, ticket, ids(1))
+    assert ok and row_content(cache, 1) == old
+    paxcache.check(cache)
+
+
+def refused_preemptions():
+    return {
+        "host full": (3, ids(0), None),
+        "host full for two": (5, ids(0, 1), None),
+        "no host": (0, ids(0), None),
+        "ticket too small": (20, ids(0), 3),
+        "row out of range": (20, ids(0, B), None),
+        "row below -1": (20, ids(0, -2), None),
+        "row twice": (20, ids(0, 1, 0), None),
+    }
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("case", refused_preemptions())
+def test_refused_preemption_changes_nothing(case, jitted):
+    capacity, rows, bound = refused_preemptions()[case]
+    config = LAYOUTS["groups"]
+    preempt = functools.partial(offload.preempt, max_pages=bound)
+    preempt = jax.jit(preempt) if jitted else preempt
+    cache, host = filled(config, (16, 5, 0, 0)), offload.init(config, capacity)
+    after, account, ticket = preempt(cache, host, rows)
+    assert not ticket.ok
+    assert_same((after, account), (cache, host))
+    after, account, ok = offload.resume(cache, host, ticket, jnp.full(rows.shape, 3, jnp.int32))
+    assert not ok
+    assert_same((after, account), (cache, host))
+    assert not offload.discard(host, ticket)[1]
+
+
+def test_host_capacity_is_by_group():
+    """Row 0 maps 4 pages in the first group and 2, behind its window, in the second."""
+    config = LAYOUTS["groups"]
+    cache = filled(config, (16, 5, 0, 0))
+    for capacity, fits in (((4, 2), True), ((3, 2), False), ((4, 1), False)):
+        assert offload.preempt(cache, offload.init(config, capacity), ids(0))[2].ok == fits
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+def test_refused_resumption_changes_nothing(jitted):
+    resume = jax.jit(offload.resume) if jitted else offload.resume
+    config = config_of(group(), group(num_pages=7))
+    cache = filled(config, (13, 6, 0, 0))
+    cache, host, ticket = offload.preempt(cache, offload.init(config, 6), ids(0, 1))
+    cache, step = paxcache.extend(
+        cache, jnp.array([0, 0, 2, 5]), num_tokens=8
+    )  # 4 pages are left in one group
+    step.raise_if_failed()
+    for rows in (ids(0, 1), ids(0, 2), ids(0, 0), ids(0, -1), ids(0, B), ids(-7, 0)):
+        after, account, ok = resume(cache, host, ticket, rows)
+        assert not ok
+        assert_same((after, account), (cache, host))
+    cache = paxcache.release(cache, jnp.array([False, False, False, True]))
+    for rows, fits in ((ids(0, 2), False), (ids(3, 3), False), (ids(3, B), False), (ids(3, 0), True)):
+        after, account, ok = resume(cache, host, ticket, rows)
+        assert ok == fits
+        if not ok:
+            assert_same((after, account), (cache, host))
+    paxcache.check(after)
+    _, account_again, ok = resume(paxcache.release(after, jnp.ones(B, bool)), account, ticket, ids(0, 1))
+    assert not ok, "a ticket is good for one resumption"
+    assert_same(account_again, account)
+    assert not offload.discard(account, ticket)[1]
+
+
+def test_places_of_tickets_are_reused_but_old_tickets_are_not():
+    config = config_of()
+    cache, host = filled(config, (4, 4, 0, 0)), offload.init(config, 1)
+    one, host, old = offload.preempt(cache, host, ids(0))
+    host, ok = offload.discard(host, old)
+    assert ok and host.used.tolist() == [0]
+    one, host, new = offload.preempt(one, host, ids(1))
+    assert new.ok and int(new.entry) == int(old.entry)
+    assert not offload.resume(one, host, old, ids(0))[2]
+    assert offload.resume(one, host, new, ids(0))[2]
+
+
+def test_programs_are_compiled_once_per_size_class():
+    classes = [offload._size_class(n) for n in range(1, 4097)]
+    assert all(n <= c < n * 1.125 + 1 for n, c in enumerate(classes, 1))
+    assert len(set(classes)) <= 8 * 12
+    assert offload._size_class(0) == 0
+
+
+def test_inside_jit_the_bound_is_what_the_rows_can_map():
+    config = config_of(num_pages=7)
+    cache, host = filled(config, (4, 4, 0, 0)), offload.init(config, 7)
+    for rows, most in ((ids(0), 4), (ids(0, 1), 7)):
+        ticket = jax.eval_shape(offload.preempt, cache, host, rows)[2]
+        assert ticket.extent.held[0].shape == (most,)
+
+
+# Against a twin that never offloads.
+
+Q, TICKET_PAGES, SLOTS, PER_TICKET = 5, 7, 3, 2
+TWIN_ROWS = B + SLOTS * PER_TICKET
+GROUPS = (group(num_layers=1), group(num_layers=1, v_head_dim=0, dtype=jnp.bfloat16, sliding_window=5))
+
+
+@functools.cache
+def compiled(function, **static):
+    return jax.jit(functools.partial(function, **static), donate_argnums=0)
+
+
+def forward(cache, lens, names):
+    """A step whose tokens store their names, as two digits: a bfloat16 holds no large integer."""
+    cache, step = paxcache.extend(cache, lens, max_query_len=Q)
+    for layer, g in enumerate(cache.groups):
+        _, _, K, _, D = g.pages.k.shape
+        digits = jnp.stack([names // 128, names % 128] * (D // 2), axis=-1).astype(jnp.float32)
+        k = jnp.broadcast_to(digits[:, :, None], (*names.shape, K, D))
+        cache = paxcache.append(cache, layer, k, None if g.pages.v is None else -k, step)
+    return cache, step.ok
+
+
+def dense(cache):
+    return [paxcache.gather_dense(cache, layer, M * S) for layer in range(len(GROUPS))]
+
+
+class Twins:
+    """Two caches under the same calls, of which one preempts and resumes.
+
+    The twin has the same rows, room for everything, and more rows to park in: what goes on a ticket here moves there.
+    """
+
+    def __init__(self, capacity):
+        config = config_of(*GROUPS, num_pages=9)
+        self.cache = with_random_bits(paxcache.init(config))
+        twin = config_of(*GROUPS, num_pages=TWIN_ROWS * M, max_seqs=TWIN_ROWS)
+        self.twin = with_random_bits(paxcache.init(twin), seed=1)
+        self.host = offload.init(config, capacity)
+        self.tickets: dict[int, offload.Ticket] = {}
+        self.next_name = 1
+
+    def padded(self, values, fill):
+        """An array for the twin: the rows that both have, then the parked ones."""
+        return jnp.pad(jnp.asarray(values), (0, TWIN_ROWS - B), constant_values=fill)
+
+    def move_in_twin(self, moves):
+        parents = np.arange(TWIN_ROWS)
+        parents[[a for a, _ in moves]] = -1
+        parents[[b for _, b in moves]] = [a for a, _ in moves]
+        self.twin = compiled(paxcache.reorder)(self.twin, jnp.asarray(parents))
+
+    def extend(self, lens):
+        names = self.next_name + np.arange(B * Q, dtype=np.int32).reshape(B, Q)
+        self.next_name += B * Q
+        self.cache, ok = compiled(forward)(self.cache, jnp.array(lens, jnp.int32), jnp.asarray(names))
+        served = self.padded(jnp.array(lens, jnp.int32) * ok, 0)
+        self.twin, ok = compiled(forward)(self.twin, served, jnp.pad(names, ((0, TWIN_ROWS - B), (0, 0))))
+        assert ok.all()
+
+    def fork(self, parent, child):
+        self.cache, ok = compiled(paxcache.fork)(self.cache, ids(parent), ids(child))
+        self.twin, twin_ok = compiled(paxcache.fork)(self.twin, ids(parent), ids(child))
+        assert ok.all() == twin_ok.all()
+
+    def reorder(self, parents):
+        self.cache = compiled(paxcache.reorder)(self.cache, ids(*parents))
+        self.twin = compiled(paxcache.reorder)(self.twin, ids(*parents, *range(B, TWIN_ROWS)))
+
+    def truncate(self, lens):
+        self.cache = compiled(paxcache.truncate)(self.cache, ids(*lens))
+        self.twin = compiled(paxcache.truncate)(self.twin, self.padded(ids(*lens), M * S))
+
+    def release(self, rows):
+        self.cache = compiled(paxcache.release)(self.cache, jnp.array(rows))
+        self.twin = compiled(paxcache.release)(self.twin, self.padded(jnp.array(rows), False))
+
+    def preempt(self, rows):
+        slot = next((s for s in range(SLOTS) if s not in self.tickets), None)
+        if slot is None:
+            return
+        old = jax.device_get((self.cache.seq_lens, self.host))
+        preempt = compiled(offload.preempt, max_pages=TICKET_PAGES)
+        self.cache, self.host, ticket = preempt(self.cache, self.host, ids(*rows))
+        if not ticket.ok:
+            assert_same((self.cache.seq_lens, self.host), old)
+            return
+        self.tickets[slot] = ticket
+        self.move_in_twin([(row, B + slot * PER_TICKET + i) for i, row in enumerate(rows) if row >= 0])
+
+    def resume(self, rows, which):
+        if not self.tickets:
+            return
+        slot = sorted(self.tickets)[which % len(self.tickets)]
+        old = jax.device_get((self.cache.seq_lens, self.host))
+        ticket = self.tickets[slot]
+        self.cache, self.host, ok = compiled(offload.resume)(self.cache, self.host, ticket, ids(*rows))
+        if not ok:
+            assert_same((self.cache.seq_lens, self.host), old)
+            return
+        del self.tickets[slot]
+        lens = np.asarray(ticket.seq_lens)
+        self.move_in_twin([(B + slot * PER_TICKET + i, r) for i, r in enumerate(rows) if lens[i]])
+
+    def resume_somewhere(self):
+        """The common case: into rows that are idle."""
+        idle = np.flatnonzero(np.asarray(self.cache.seq_lens) == 0)
+        self.resume([*idle, -1, -1][:PER_TICKET], 0)
+
+    def defragment(self):
+        self.cache = compiled(offload.defragment)(self.cache)
+
+    def rows_agree(self):
+        paxcache.check(self.cache)
+        np.testing.assert_array_equal(self.cache.seq_lens, self.twin.seq_lens[:B])
+        for found, wanted in zip(
+            jax.tree.leaves(jax.jit(dense)(self.cache)),
+            jax.tree.leaves(jax.jit(dense)(self.twin)),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(bits(found), bits(wanted)[:B])
+        held = [sum(int(t.extent.held[g].sum()) for t in self.tickets.values()) for g in range(len(GROUPS))]
+        assert self.host.used.tolist() == held
+        out = sum(any(h.any() for h in t.extent.held) for t in self.tickets.values())
+        assert int((self.host.serials >= 0).sum()) == out
+        assert (self.host.used <= self.host.capacity).all()
+
+
+ARGUMENTS = {
+    "extend": lambda rng: [rng.integers(0, Q + 1, B).tolist()],
+    "fork": lambda rng: rng.integers(0, B, 2).tolist(),
+    "reorder": lambda rng: [np.where(rng.random(B) < 0.7, np.arange(B), rng.integers(-1, B, B)).tolist()],
+    "truncate": lambda rng: [np.where(rng.random(B) < 0.7, M * S, rng.integers(0, M * S, B)).tolist()],
+    "release": lambda rng: [(rng.random(B) < 0.3).tolist()],
+    "preempt": lambda rng: [rng.permutation([*range(B), -1])[:PER_TICKET].tolist()],
+    "resume": lambda rng: [rng.integers(-1, B, PER_TICKET).tolist(), int(rng.integers(SLOTS))],
+    "resume_somewhere": lambda rng: [],
+    "defragment": lambda rng: [],
+}
+NAMES = [*ARGUMENTS, "extend", "extend", "extend", "preempt", *["resume_somewhere"] * 3]
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    capacity=st.sampled_from([3, 9, 30, 30]),
+    names=st.lists(st.sampled_from(NAMES), min_size=20, max_size=30),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_preempted_rows_go_on_like_a_twin_that_never_left(capacity, names, seed):
+    """Arguments are drawn evenly from a seed: Hypothesis likes zeros, and rows would hardly ever grow."""
+    twins, rng = Twins(capacity), np.random.default_rng(seed)
+    for name in names:
+        getattr(twins, name)(*ARGUMENTS[name](rng))
+        twins.rows_agree()
+
+
+# In place.
+
+
+def test_donated_swap_in_and_resume_are_in_place():
+    config = big_config("bfloat16")
+    cache = cache_shapes(config)
+    host = jax.eval_shape(lambda: offload.init(config, 64))
+    rows = shape(2, dtype="int32")
+    preempt = functools.partial(offload.preempt, max_pages=16)
+    ticket = jax.eval_shape(preempt, cache, host, rows)[2]
+    extent = jax.eval_shape(offload.swap_out, cache, shape(16, dtype="int32"))
+    programs = (
+        (preempt, (host, rows)),
+        (offload.resume, (host, ticket, rows)),
+        (offload.swap_in, (extent,)),
+        (offload.drop, (rows,)),
+    )
+    for function, arguments in programs:
+        compiled = jax.jit(function, donate_argnums=0).lower(cache, *arguments).compile()
+        assert_in_place(compiled, cache)
+        assert " while(" not in text_of(compiled)
+    compiled = jax.jit(offload.defragment, donate_argnums=0).lower(cache).compile()
+    assert_in_place(compiled, cache)
+    assert not _HOST.search(text_of(compiled))
+
+
+def test_eager_preemption_returns_the_same_pool():
+    config = config_of()
+    cache = filled(config, (4, 0, 0, 0))
+    after, _, _ = offload.preempt(cache, offload.init(config, 4), ids(0))
+    for old, new in zip(*(jax.tree.leaves(c.groups[0].pages) for c in (cache, after)), strict=True):
+        assert old.unsafe_buffer_pointer() == new.unsafe_buffer_pointer()
+
+
+# Pools.
+
+
+@each_layout
+def test_defragmented_pools_are_packed(config):
+    cache = filled(config, (9, 12, 5, 0))
+    cache, _ = paxcache.fork(cache, ids(1), ids(3))
+    cache = paxcache.release(cache, jnp.array([True, False, False, False]))
+    old = [row_content(cache, b) for b in range(B)]
+    before = cache
+    cache = offload.defragment(cache)
+    paxcache.check(cache)
+    assert [row_content(cache, b) for b in range(B)] == old
+    moved = 0
+    for a, b in zip(before.groups, cache.groups, strict=True):
+        counts = np.asarray(b.ref_counts)
+        total = int((counts > 0).sum())
+        assert (counts[:total] > 0).all() and not counts[total:].any()
+        stays = np.flatnonzero(np.asarray(a.ref_counts)[:total] > 0)
+        np.testing.assert_array_equal(np.asarray(a.ref_counts)[stays], counts[stays])
+        moved += total - len(stays)
+    assert moved, "nothing had to move: the test has lost its subject"
+    assert_same(offload.defragment(cache), cache)
+
+
+def test_defragmentation_leaves_pages_that_others_know_by_id():
+    config = config_of()
+    cache = filled(config, (16, 16, 0, 0))
+    cache, found, ok = offload.swap_in(cache, offload.swap_out(cache, ids(0, 3)))
+    assert ok and found[0].tolist() == [8, 9]
+    cache = paxcache.release(cache, jnp.array([True, False, False, False]))
+    held = np.bincount(found[0], minlength=10)
+    old, known = row_content(cache, 1), bits(cache.groups[0].pages.k)[:, 8:]
+    cache = offload.defragment(cache)
+    paxcache.check(cache, held=held)
+    assert row_content(cache, 1) == old
+    np.testing.assert_array_equal(bits(cache.groups[0].pages.k)[:, 8:], known)
+    assert np.flatnonzero(cache.groups[0].ref_counts).tolist() == [0, 1, 2, 3, 8, 9] or used(cache) == [6]
+    with pytest.raises(ValueError, match=r"num_pages: .*page 9.* expected at least 10, got 7"):
+        offload.resize(cache, 7)
+    assert offload.resize(cache, 11).groups[0].ref_counts[8:].tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("config", [LAYOUTS["bf16"], LAYOUTS["groups"]], ids=["bf16", "groups"])
+@pytest.mark.parametrize("num_pages", [6, 15])
+def test_resized_pools_keep_rows(config, num_pages):
+    cache = filled(config, (9, 12, 5, 0))
+    cache, _ = paxcache.fork(cache, ids(1), ids(3))
+    cache = paxcache.release(cache, jnp.array([True, False, False, False]))
+    old = [row_content(cache, b) for b in range(B)]
+    before = copy_of(cache)
+    new = offload.resize(cache, num_pages)
+    paxcache.check(new)
+    assert_same(cache, before)
+    assert [row_content(new, b) for b in range(B)] == old
+    for g in new.groups:
+        assert g.ref_counts.shape == (num_pages,)
+        assert all(leaf.shape[1] == num_pages for leaf in jax.tree.leaves(g.pages))
+    new, step = paxcache.extend(new, jnp.array([(num_pages - 5) * S, 0, 0, 0]), num_tokens=40)
+    assert step.ok.all() == ((num_pages - 5) <= M)
+
+
+def test_resize_by_group():
+    cache = offload.resize(filled(LAYOUTS["groups"], (9, 4, 0, 0)), (4, 12))
+    assert [g.ref_counts.shape[0] for g in cache.groups] == [4, 12]
+    paxcache.check(cache)
+
+
+# The CPU store.
+
+
+def arrays_of_all_dtypes():
+    rng = np.random.default_rng(0)
+    names = ("float32", "float16", "bfloat16", "int8", "uint8", "float8_e4m3fn", "bool")
+    values = [rng.integers(0, 2, 48, np.uint8).view(bool) if n == "bool"
+              else rng.integers(0, 256, 48, np.uint8).view(jnp.dtype(n)) for n in names]  # fmt: skip
+    values = [v.reshape(2, -1) for v in values] + [np.zeros((0, 3), np.float32), np.array(1.5)]
+    return [b"key %d" % i for i in range(len(values))], values
+
+
+def test_store_gives_back_what_was_put():
+    store = offload.PageStore(max_bytes=1000)
+    keys, values = arrays_of_all_dtypes()
+    assert store.put(keys, values) == len(keys) == len(store)
+    for found, value in zip(store.get(keys), values, strict=True):
+        assert found is not None and found.dtype == value.dtype and found.shape == value.shape
+        assert found.tobytes() == value.tobytes()
+    assert store.get([b"another"]) == [None]
+    assert store.put([], []) == 0 and store.get([]) == []
+    assert store.num_bytes == sum(v.nbytes for v in values)
+
+
+def test_store_holds_copies():
+    store, array = offload.PageStore(max_bytes=100), np.zeros(4)
+    store.put([b"a"], [array])
+    array[:] = 1
+    (found,) = store.get([b"a"])
+    assert found is not None and not found.any()
+    with pytest.raises(ValueError, match="read-only"):
+        found[0] = 1
+
+
+def test_store_drops_the_least_recently_used():
+    store, page = offload.PageStore(max_bytes=32), np.zeros(2, np.float32)
+    store.put([b"a", b"b", b"c", b"d"], [page] * 4)
+    store.get([b"a"])
+    store.put([b"b"], [page])
+    store.put([b"e", b"f"], [page] * 2)
+    assert [x is not None for x in store.get([b"a", b"b", b"c", b"d", b"e", b"f"])] == [True, True, False, False,
+                                                                                      True, True]  # fmt: skip
+    assert store.num_bytes == 32
+    assert store.put([b"a"], [np.zeros(9, np.float32)]) == 0, "larger than the store"
+    assert store.get([b"a"]) == [None], "the old value of a key that was to hold another is stale"
+    assert store.num_bytes == 24 and len(store) == 3
+
+
+def test_saved_store_is_loaded(tmp_path):
+    store, (keys, values) = offload.PageStore(max_bytes=1000), arrays_of_all_dtypes()
+    store.put(keys, values)
+    store.get(keys[:1])
+    store.save(tmp_path / "store")
+    store.save(tmp_path / "store")
+    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+    loaded = offload.PageStore.load(tmp_path / "store", max_bytes=1000)
+    for found, value in zip(loaded.get(keys), values, strict=True):
+        assert found is not None and found.dtype == value.dtype and found.shape == value.shape
+        assert found.tobytes() == value.tobytes()
+    small = offload.PageStore.load(tmp_path / "store", max_bytes=48)
+    assert [k for k, x in zip(keys, small.get(keys), strict=True) if x is not None] == [keys[0]]
+    offload.PageStore(max_bytes=1).save(tmp_path / "empty")
+    assert len(offload.PageStore.load(tmp_path / "empty", max_bytes=1)) == 0
+
+
+def test_damaged_file_is_refused(tmp_path):
+    store, path = offload.PageStore(max_bytes=1000), tmp_path / "store"
+    store.put(*arrays_of_all_dtypes())
+    store.save(path)
+    data = path.read_bytes()
+    for position in (25, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        with pytest.raises(ValueError, match="path: expected a whole page store, got a damaged one"):
+            offload.PageStore.load(path, max_bytes=1000)
+    path.write_bytes(data[:-100])
+    with pytest.raises(ValueError, match="path: expected a whole page store"):
+        offload.PageStore.load(path, max_bytes=1000)
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="path: expected a saved page store"):
+        offload.PageStore.load(path, max_bytes=1000)
+
+
+def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    store, path = offload.PageStore(max_bytes=1000), tmp_path / "store"
+    store.put([b"a"], [np.ones(3)])
+    store.save(path)
+    store.put([b"b"], [np.ones(4)])
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        store.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+    assert len(offload.PageStore.load(path, max_bytes=1000)) == 1
+
+
+def test_store_serves_many_threads(tmp_path):
+    """Values tell their key: no thread may see another key's, a torn one, or a store over its bound."""
+    store, num_keys = offload.PageStore(max_bytes=40 * 64), 100
+    keys = [b"%d" % i for i in range(num_keys)]
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        hits = 0
+        for turn in range(150):
+            batch = rng.integers(0, num_keys, 5)
+            if seed % 2:
+                store.put([keys[i] for i in batch], [np.full(16, i, np.int32) for i in batch])
+            for i, found in zip(batch, store.get([keys[i] for i in batch]), strict=True):
+                if found is not None:
+                    hits += 1
+                    assert (found == i).all()
+            assert store.num_bytes <= store.max_bytes
+            if turn % 50 == 0:
+                store.save(tmp_path / "store")
+        return hits
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(work, range(8))) > 0
+    assert store.num_bytes == 64 * len(store) <= store.max_bytes
+    assert len(offload.PageStore.load(tmp_path / "store", max_bytes=40 * 64)) <= 40
+
+
+def test_arguments_of_the_store_are_named():
+    store = offload.PageStore(max_bytes=100)
+    cases = (
+        (ValueError, "max_bytes must be at least 1", lambda: offload.PageStore(0)),
+        (ValueError, "arrays: expected one for each of 1", lambda: store.put([b"a"], [])),
+        (TypeError, "keys: expected bytes", lambda: store.put([b"b", "a"], [np.ones(1)] * 2)),  # pyright: ignore
+        (TypeError, "keys: expected bytes", lambda: store.get(["a"])),  # pyright: ignore
+        (TypeError, "arrays: expected numbers", lambda: store.put([b"a"], [np.array([None])])),
+    )
+    for error, message, call in cases:
+        with pytest.raises(error, match=message):
+            call()
+    assert len(store) == 0
+
+
+# Arguments.
+
+
+def test_arguments_are_named():
+    config = LAYOUTS["groups"]
+    cache, host = filled(config, (9, 4, 0, 0)), offload.init(config, 4)
+    other = filled(config_of(), (9, 0, 0, 0))
+    ticket = offload.preempt(other, offload.init(config_of(), 4), ids(0))[2]
+    cases = (
+        (ValueError, "page_ids: expected one array for each of 2", lambda: offload.swap_out(cache, ids(0))),
+        (ValueError, "page_ids: expected one array for each of 2", lambda: offload.drop(cache, ids(0))),
+        (ValueError, "extent: expected", lambda: offload.swap_in(cache, ticket.extent)),
+        (ValueError, "ticket: expected", lambda: offload.resume(cache, host, ticket, ids(0))),
+        (TypeError, "ticket: expected", lambda: offload.resume(cache, host, 3, ids(0))),  # pyright: ignore
+        (ValueError, "rows: expected", lambda: offload.preempt(cache, host, jnp.zeros((2, 2), jnp.int32))),
+        (TypeError, "rows: expected", lambda: offload.preempt(cache, host, jnp.zeros(B, bool))),
+        (ValueError, "host: expected", lambda: offload.preempt(other, host, ids(0))),
+        (TypeError, "host: expected", lambda: offload.preempt(cache, None, ids(0))),  # pyright: ignore
+        (ValueError, "max_pages: expected", lambda: offload.preempt(cache, host, ids(0), max_pages=(1,))),
+        (ValueError, "max_pages must be", lambda: offload.preempt(cache, host, ids(0), max_pages=-1)),
+        (TypeError, "config: expected", lambda: offload.init(cache, 4)),  # pyright: ignore
+        (ValueError, "num_pages must be at least 0", lambda: offload.init(config, -1)),
+        (ValueError, "num_pages: together", lambda: offload.init(config, 2**30)),
+        (ValueError, "memory_kind: expected", lambda: offload.init(config, 4, memory_kind="disk")),
+        (ValueError, "num_pages: group 0 has 4 pages in use.*got 3", lambda: offload.resize(cache, 3)),
+        (ValueError, "num_pages must be at least 1", lambda: offload.resize(cache, 0)),
+        (TypeError, "num_pages must be an int", lambda: offload.resize(cache, 1.5)),  # pyright: ignore
+        (TypeError, "resize", lambda: jax.jit(lambda c: offload.resize(c, 20))(cache)),
+    )
+    for error, message, call in cases:
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_extent_of_another_dtype_is_refused():
+    extent = offload.swap_out(filled(LAYOUTS["f16"], (9, 0, 0, 0)), ids(0))
+    with pytest.raises(
+        ValueError, match=r"extent: expected bfloat16\[1, 2, 2, 4, 4\] for group 0, got float16"
+    ):
+        offload.swap_in(filled(LAYOUTS["bf16"], (9, 0, 0, 0)), extent)
