@@ -44,6 +44,9 @@ CASES = {
         lens=(190, 130), query_lens=(100, 20), kv_heads=1, group=2, head_dim=96, page_size=128, causal=False,
         dtype=jnp.float16,
     ),
+    "a window of all, not causal": Case(
+        lens=(150,), query_lens=(70,), kv_heads=1, group=2, window=2**31 - 1, causal=False
+    ),
     "fewer tokens than a tile": Case(lens=(50, 20), query_lens=(20, 1), kv_heads=2, group=1, sinks=True),
 }  # fmt: skip
 

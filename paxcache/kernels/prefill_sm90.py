@@ -73,8 +73,6 @@ class Config:
     """Blocks of values, which are read a step later."""
     output_over_queries: bool
     """Output tiles take the queries' shared memory: less is needed, and the next queries come later."""
-    cost_step: int = 1
-    """Blocks by which tiles must differ to be sorted apart; a larger step keeps tiles of one row together."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,7 +214,7 @@ def prefill_plan(
     """
     i32 = jnp.int32
     B, M = block_tables.shape
-    block, cost_step = config.block_kv, config.cost_step
+    block = config.block_kv
     shape = plan_shape(
         num_rows=B,
         num_tokens=num_tokens,
@@ -264,7 +262,7 @@ def prefill_plan(
         jnp.where(has_holes[row], blocks, x) for x in (jnp.zeros_like(blocks), full_begin, full_end)
     )
 
-    cost = jnp.where(used, blocks // cost_step, -1)
+    cost = jnp.where(used, blocks, -1)
     before = (cost[None, :] > cost[:, None]) | (
         (cost[None, :] == cost[:, None]) & (ids[None, :] < ids[:, None])
     )
@@ -781,7 +779,8 @@ def prefill(
         "v": v_pages,
     }
     if sliding_window is not None:
-        inputs["window"] = jnp.asarray(sliding_window, jnp.int32).reshape(1)
+        # Positions are counted from a block's start and may be negative: no difference may pass int32.
+        inputs["window"] = jnp.minimum(jnp.asarray(sliding_window, jnp.int32), 1 << 30).reshape(1)
     if sinks is not None:
         inputs["sinks"] = sinks.astype(jnp.float32)
     launch = sequential_vmap(functools.partial(_launch, case=case))
