@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from paxcache._types import INT32_MAX, NO_PAGE, Status
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jaxtyping import Array, Bool, Int32
 
 
@@ -60,6 +62,21 @@ def add_references(
 ) -> Int32[Array, "P"]:
     """Counts with `amount` added for each time a page stands in `pages`; negative entries count for none."""
     return ref_counts.at[jnp.where(pages >= 0, pages, ref_counts.shape[0])].add(amount, mode="drop")
+
+
+def listed(where: Bool[Array, "P"], size: int) -> Int32[Array, "size"]:
+    """The first `size` indices at which `where` holds, in order; P behind them."""
+    num = where.shape[0]
+    rank = jnp.cumsum(where, dtype=jnp.int32)
+    at = jnp.where(where & (rank <= size), rank - 1, size)
+    return jnp.full(size, num, jnp.int32).at[at].set(jnp.arange(num, dtype=jnp.int32), mode="drop")
+
+
+def named_once(rows: Int32[Array, "N"], num_rows: int) -> Bool[Array, "N"]:
+    """Entries that name a row which no other entry names."""
+    inside = (rows >= 0) & (rows < num_rows)
+    times = jnp.zeros(num_rows, jnp.int32).at[jnp.where(inside, rows, num_rows)].add(1, mode="drop")
+    return inside & (times[jnp.clip(rows, 0, num_rows - 1)] == 1)
 
 
 def idle_rows(seq_lens: Int32[Array, "B"], tables: list[Int32[Array, "B M"]]) -> Bool[Array, "B"]:
@@ -130,6 +147,39 @@ def touch(
     return Touched(columns, pages, shared, needs, before[:, None] + in_row)
 
 
+def ask(
+    seq_lens: Int32[Array, "B"],
+    query_lens: Int32[Array, "B"],
+    tables: Sequence[Int32[Array, "B M"]],
+    ref_counts: Sequence[Int32[Array, "P"]],
+    *,
+    windowed: Sequence[bool],
+    num_tokens: int | None,
+    max_query_len: int | None,
+    page_size: int,
+) -> tuple[Request, list[Touched]]:
+    """What a step's rows ask for, and what that touches in each group, before anything is served."""
+    most = num_tokens if max_query_len is None else max_query_len
+    assert most is not None
+    broken = jnp.zeros(seq_lens.shape[0], bool)
+    for table, has_window in zip(tables, windowed, strict=True):
+        if has_window:  # nothing else takes pages below a row's length
+            broken |= lacks_last_page(table, seq_lens, page_size=page_size)
+    asked = request(
+        seq_lens,
+        query_lens,
+        num_tokens=num_tokens,
+        max_query_len=max_query_len,
+        row_capacity=tables[0].shape[1] * page_size,
+        broken=broken,
+    )
+    touched = [
+        touch(table, counts, seq_lens, asked.query_lens, page_size=page_size, max_query_len=most)
+        for table, counts in zip(tables, ref_counts, strict=True)
+    ]
+    return asked, touched
+
+
 def admit(
     touched: list[Touched], ref_counts: list[Int32[Array, "P"]]
 ) -> tuple[Bool[Array, "B"], Int32[Array, "B"]]:
@@ -156,11 +206,7 @@ def allocate(
     num_pages, max_pages = ref_counts.shape[0], block_tables.shape[1]
     take = touched.needs & ok[:, None]
     most = min(num_pages, take.size)
-    rank = jnp.cumsum(ref_counts == 0, dtype=jnp.int32)  # of the free pages, from 1
-    fresh = jnp.zeros(most, jnp.int32)
-    fresh = fresh.at[jnp.where((ref_counts == 0) & (rank <= most), rank - 1, most)].set(
-        jnp.arange(num_pages, dtype=jnp.int32), mode="drop"
-    )
+    fresh = listed(ref_counts == 0, most)
     # A served row's pages are all among the free ones. Rows refused for another group's sake leave gaps in the ranks.
     pages = jnp.where(take, fresh[jnp.clip(touched.ranks - 1, 0, most - 1)], touched.pages)
 
@@ -212,12 +258,8 @@ def check_forks(
     """Whether each entry is fine (padding is), and each row's parent, B where it gets none."""
     num_rows = idle.shape[0]
     padding = (parents == -1) | (children == -1)
-    names_row = (children >= 0) & (children < num_rows)
-    in_range = (parents >= 0) & (parents < num_rows) & names_row
-    named = jnp.where(names_row & ~padding, children, num_rows)
-    times = jnp.zeros(num_rows, jnp.int32).at[named].add(1, mode="drop")
-    at = jnp.clip(children, 0, num_rows - 1)
-    fork = in_range & idle[at] & (times[at] == 1)
+    once = named_once(jnp.where(padding, -1, children), num_rows)
+    fork = (parents >= 0) & (parents < num_rows) & once & idle[jnp.clip(children, 0, num_rows - 1)]
     parent_of = jnp.full(num_rows, num_rows, jnp.int32)
     parent_of = parent_of.at[jnp.where(fork, children, num_rows)].set(parents, mode="drop")
     return fork | padding, parent_of

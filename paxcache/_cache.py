@@ -136,28 +136,20 @@ def _extend(
     max_query_len: int | None,
     implementation: Implementation,
 ) -> tuple[PagedKVCache, Step]:
-    B, S, M = cache.max_seqs, cache.page_size, cache.max_pages_per_seq
+    B, S = cache.max_seqs, cache.page_size
     old_lens = cache.seq_lens
     most = num_tokens if max_query_len is None else max_query_len
     assert most is not None
-    broken = jnp.zeros(B, bool)
-    for group in cache.groups:
-        if group.sliding_window is not None:  # nothing else takes pages below a row's length
-            broken |= _allocator.lacks_last_page(group.block_tables, old_lens, page_size=S)
-    request = _allocator.request(
+    request, touched = _allocator.ask(
         old_lens,
         query_lens,
+        [g.block_tables for g in cache.groups],
+        [g.ref_counts for g in cache.groups],
+        windowed=[g.sliding_window is not None for g in cache.groups],
         num_tokens=num_tokens,
         max_query_len=max_query_len,
-        row_capacity=M * S,
-        broken=broken,
+        page_size=S,
     )
-    touched = [
-        _allocator.touch(
-            g.block_tables, g.ref_counts, old_lens, request.query_lens, page_size=S, max_query_len=most
-        )
-        for g in cache.groups
-    ]
     served, short = _allocator.admit(touched, [g.ref_counts for g in cache.groups])
     status = jnp.where(served, request.status, Status.NO_PAGES)
     ok = status == Status.OK

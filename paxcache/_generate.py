@@ -235,39 +235,45 @@ def _admit(job: _Job, state: _State, *, chunk_size: int) -> tuple[_State, Bool[A
     return state, (leaders & seated).any()
 
 
-def _share_out(state: _State, *, num_tokens: int) -> tuple[Int32[Array, "R"], Int32[Array, "R"]]:
-    """The tokens that each lane gets of a step's, and those that it would get if pages were plenty.
+def _ask(state: _State, *, num_tokens: int) -> Int32[Array, "R"]:
+    """The tokens of a step that each lane would get if pages were plenty.
 
-    One token goes to every lane that wants but one; the others take what is left, oldest prompt first. Pages are dealt
-    in the order of the prompts too, and a lane takes only the tokens that its pages hold. `extend` decides in the end;
-    dealing here keeps a long prompt in a low row from standing before an older prompt in a higher one.
+    One token goes to every lane that wants but one; the others take what is left, oldest prompt first.
     """
-    cache, prompts = state.cache, state.lane_prompts
     wanted = jnp.minimum(state.wanted, num_tokens)
     one = wanted == 1
     left = num_tokens - one.sum(dtype=jnp.int32)
     many = jnp.where(one, 0, wanted)
-    asked = jnp.where(one, 1, jnp.clip(left - _sum_of_older(prompts, many), 0, many))
+    return jnp.where(one, 1, jnp.clip(left - _sum_of_older(state.lane_prompts, many), 0, many))
 
+
+def _grant(state: _State, asked: Int32[Array, "R"]) -> Int32[Array, "R"]:
+    """What pages allow of the tokens that lanes ask for.
+
+    Pages are dealt in the order of the prompts, and a lane takes only the tokens that its pages hold. `extend` decides
+    in the end; dealing here keeps a long prompt in a low row from standing before an older prompt in a higher one.
+    """
+    cache = state.cache
     in_last_page = (-state.cached) % cache.page_size  # slots of mapped pages that are yet empty
     need = cdiv(jnp.maximum(asked - in_last_page, 0), cache.page_size)
     free = jnp.stack([(g.ref_counts == 0).sum(dtype=jnp.int32) for g in cache.groups]).min()
-    pages = jnp.clip(free - _sum_of_older(prompts, need), 0, need)
-    return jnp.minimum(asked, in_last_page + pages * cache.page_size), asked
+    pages = jnp.clip(free - _sum_of_older(state.lane_prompts, need), 0, need)
+    return jnp.minimum(asked, in_last_page + pages * cache.page_size)
 
 
 def _step(model_fn: ModelFn, params: Any, job: _Job, state: _State, *, num_tokens: int) -> _State:
     """Computes the lanes' next tokens, `num_tokens` at most, and samples where a lane has computed all it has."""
     B, N, R = state.cache.max_seqs, state.tokens.shape[0], state.lane_rows.shape[0]
     wanted, prompts = state.wanted, state.prompts
+    asked = _ask(state, num_tokens=num_tokens)
+
+    def by_row(lens):
+        return jnp.zeros(B, jnp.int32).at[state.lane_rows].set(lens, mode="drop")
+
     if state.index is not None:
-        _, asked = _share_out(state, num_tokens=num_tokens)
-        query_lens = jnp.zeros(B, jnp.int32).at[state.lane_rows].set(asked, mode="drop")
-        cache, index, _ = device.make_room(state.cache, state.index, query_lens, num_tokens=num_tokens)
+        cache, index, _ = device.make_room(state.cache, state.index, by_row(asked), num_tokens=num_tokens)
         state = dataclasses.replace(state, cache=cache, index=index)
-    granted, asked = _share_out(state, num_tokens=num_tokens)
-    query_lens = jnp.zeros(B, jnp.int32).at[state.lane_rows].set(granted, mode="drop")
-    cache, step = extend(state.cache, query_lens, num_tokens=num_tokens)
+    cache, step = extend(state.cache, by_row(_grant(state, asked)), num_tokens=num_tokens)
 
     rows = jnp.minimum(state.lane_rows, B - 1)
     computed = jnp.where(state.running, step.query_lens[rows], 0)

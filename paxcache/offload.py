@@ -177,6 +177,16 @@ def _check_extent(name: str, cache: PagedKVCache, extent: Extent) -> None:
                 )
 
 
+def _check_page_ids(cache: PagedKVCache, page_ids: Any) -> tuple[Int32[Array, "N"], ...]:
+    """One array of pages a group; a single array is that of a single group."""
+    ids = page_ids if isinstance(page_ids, tuple) else (page_ids,)
+    if len(ids) != len(cache.groups):
+        raise ValueError(
+            f"page_ids: expected one array for each of {len(cache.groups)} groups, got {len(ids)}"
+        )
+    return tuple(_checks.int_array("page_ids", x, "N") for x in ids)
+
+
 # Pages.
 
 
@@ -217,12 +227,7 @@ def swap_out(
 
     Reference: the swap kernels of FastDeploy's cache manager; the host tier of SGLang's HiCache.
     """
-    ids = page_ids if isinstance(page_ids, tuple) else (page_ids,)
-    if len(ids) != len(cache.groups):
-        raise ValueError(
-            f"page_ids: expected one array for each of {len(cache.groups)} groups, got {len(ids)}"
-        )
-    ids = tuple(_checks.int_array("page_ids", x, "N") for x in ids)
+    ids = _check_page_ids(cache, page_ids)
     ids, held = _find_pages(tuple(g.ref_counts for g in cache.groups), ids)
     return Extent(_copy_out(_pages_of(cache), ids, _space(memory_kind), implementation), held)
 
@@ -287,18 +292,10 @@ def _take(
         if not N:
             taken.append(jnp.zeros(0, jnp.int32))
             continue
-        free = _listed(counts == 0, N)
+        free = _allocator.listed(counts == 0, N)
         rank = _allocator.running_sum(wanted)
         taken.append(jnp.where(wanted & ok, free[jnp.maximum(rank - 1, 0)], P))
     return tuple(taken), ok
-
-
-def _listed(where: Bool[Array, "P"], size: int) -> Int32[Array, "size"]:
-    """The first `size` indices at which `where` holds, in order; P behind them."""
-    P = where.shape[0]
-    rank = jnp.cumsum(where, dtype=jnp.int32)
-    at = jnp.where(where & (rank <= size), rank - 1, size)
-    return jnp.full(size, P, jnp.int32).at[at].set(jnp.arange(P, dtype=jnp.int32), mode="drop")
 
 
 @jax.jit
@@ -337,12 +334,7 @@ def drop(cache: PagedKVCache, page_ids: Int32[Array, "N"] | tuple[Int32[Array, "
       >>> paxcache.stats(offload.drop(cache, page_ids)).num_used_pages.item()
       2
     """
-    ids = page_ids if isinstance(page_ids, tuple) else (page_ids,)
-    if len(ids) != len(cache.groups):
-        raise ValueError(
-            f"page_ids: expected one array for each of {len(cache.groups)} groups, got {len(ids)}"
-        )
-    return _integers_only(_drop, cache, tuple(_checks.int_array("page_ids", x, "N") for x in ids))
+    return _integers_only(_drop, cache, _check_page_ids(cache, page_ids))
 
 
 @jax.jit
@@ -495,20 +487,12 @@ def _count_pages(block_tables, ref_counts, rows):
     return jnp.stack([pages.sum(dtype=jnp.int32) for pages in mapped])
 
 
-def _named_once(rows: Int32[Array, "N"], which: Bool[Array, "N"], num_rows: int) -> Bool[Array, ""]:
-    """Whether the entries that `which` marks name rows, none of them twice."""
-    inside = (rows >= 0) & (rows < num_rows)
-    named = jnp.where(which & inside, rows, num_rows)
-    times = jnp.zeros(num_rows, jnp.int32).at[named].add(1, mode="drop")
-    return (inside | ~which).all() & (times <= 1).all()
-
-
 @functools.partial(jax.jit, static_argnums=3)
 def _preempt(cache, host, rows, bounds):
     B = cache.seq_lens.shape[0]
     mapped = [_mapped(g.block_tables, g.ref_counts, rows) for g in cache.groups]
     counts = jnp.stack([pages.sum(dtype=jnp.int32) for _, pages in mapped])
-    ok = _named_once(rows, rows != -1, B)
+    ok = (_allocator.named_once(rows, B) | (rows == -1)).all()
     ok &= (counts <= jnp.array(bounds, jnp.int32)).all() & (counts <= host.capacity - host.used).all()
     counts = jnp.where(ok, counts, 0)
 
@@ -517,7 +501,7 @@ def _preempt(cache, host, rows, bounds):
     for group, (old, pages), bound, count in zip(cache.groups, mapped, bounds, counts, strict=True):
         rank = jnp.cumsum(pages, dtype=jnp.int32) - 1
         tables.append(jnp.where(ok & (old >= 0), rank[jnp.maximum(old, 0)], NO_PAGE))
-        ids.append(_listed(pages & ok, bound))
+        ids.append(_allocator.listed(pages & ok, bound))
         held.append(jnp.arange(bound, dtype=jnp.int32) < count)
         left, references = _allocator.unmap(group.block_tables, group.ref_counts, gone[:, None])
         groups.append(dataclasses.replace(group, block_tables=left, ref_counts=references))
@@ -526,7 +510,7 @@ def _preempt(cache, host, rows, bounds):
     lens = jnp.where(ok & (rows >= 0), cache.seq_lens[at], 0)
     holds = (counts > 0).any()
     C = host.serials.shape[0]
-    free = _listed(host.serials == NO_PAGE, 1)[0]  # there is one wherever there is capacity
+    free = _allocator.listed(host.serials == NO_PAGE, 1)[0]  # there is one wherever there is capacity
     entry = jnp.where(holds, free, NO_PAGE)
     serial = jnp.where(holds, host.next_serial, NO_PAGE)
     account = dataclasses.replace(
@@ -599,7 +583,8 @@ def _resume(cache, host, ticket, rows):
     for table in ticket.block_tables:
         live |= (table >= 0).any(axis=1)
     idle = _allocator.idle_rows(cache.seq_lens, [g.block_tables for g in cache.groups])
-    ok = _named_once(rows, live, B) & (idle[jnp.clip(rows, 0, B - 1)] | ~live).all()
+    once = _allocator.named_once(jnp.where(live, rows, -1), B)
+    ok = ((once & idle[jnp.clip(rows, 0, B - 1)]) | ~live).all()
     _, ok = _give_up(host, ticket, ok)
     targets, ok = _take(tuple(g.ref_counts for g in cache.groups), ticket.extent.held, ok)
     host, _ = _give_up(host, ticket, ok)
@@ -707,8 +692,8 @@ def _pack(cache):
         used = counts > 0
         behind = ids >= used.sum(dtype=jnp.int32)
         inside = _allocator.add_references(jnp.zeros_like(counts), tables, 1)
-        src = _listed(used & behind & (counts == inside), P)
-        dst = _listed(~used & ~behind, P)  # as many as there are used pages behind, movable or not
+        src = _allocator.listed(used & behind & (counts == inside), P)
+        dst = _allocator.listed(~used & ~behind, P)  # as many as there are used pages behind, movable or not
         dst = jnp.where(src < P, dst, P)
         place = ids.at[src].set(dst, mode="drop")
         moved = counts.at[dst].set(counts[jnp.minimum(src, P - 1)], mode="drop").at[src].set(0, mode="drop")

@@ -406,23 +406,33 @@ class Twins:
         self.twin = with_random_bits(paxcache.init(twin), seed=1)
         self.host = offload.init(config, capacity)
         self.tickets: dict[int, offload.Ticket] = {}
+        self.floors = np.zeros(
+            TWIN_ROWS, np.int32
+        )  # lengths before the last extend: windows keep what these see
         self.next_name = 1
 
     def padded(self, values, fill):
         """An array for the twin: the rows that both have, then the parked ones."""
         return jnp.pad(jnp.asarray(values), (0, TWIN_ROWS - B), constant_values=fill)
 
+    def reorder_twin(self, parents):
+        self.twin = compiled(paxcache.reorder)(self.twin, ids(*parents))
+        inside = (parents >= -1) & (parents < TWIN_ROWS)
+        source = np.where(inside, parents, np.arange(TWIN_ROWS))
+        self.floors = np.where(source >= 0, self.floors[source], 0)
+
     def move_in_twin(self, moves):
         parents = np.arange(TWIN_ROWS)
         parents[[a for a, _ in moves]] = -1
         parents[[b for _, b in moves]] = [a for a, _ in moves]
-        self.twin = compiled(paxcache.reorder)(self.twin, jnp.asarray(parents))
+        self.reorder_twin(parents)
 
     def extend(self, lens):
         names = self.next_name + np.arange(B * Q, dtype=np.int32).reshape(B, Q)
         self.next_name += B * Q
         self.cache, ok = compiled(forward)(self.cache, jnp.array(lens, jnp.int32), jnp.asarray(names))
         served = self.padded(jnp.array(lens, jnp.int32) * ok, 0)
+        self.floors = np.where(served > 0, self.twin.seq_lens, self.floors)
         self.twin, ok = compiled(forward)(self.twin, served, jnp.pad(names, ((0, TWIN_ROWS - B), (0, 0))))
         assert ok.all()
 
@@ -430,18 +440,23 @@ class Twins:
         self.cache, ok = compiled(paxcache.fork)(self.cache, ids(parent), ids(child))
         self.twin, twin_ok = compiled(paxcache.fork)(self.twin, ids(parent), ids(child))
         assert ok.all() == twin_ok.all()
+        if ok.all():
+            self.floors[child] = self.floors[parent]
 
     def reorder(self, parents):
         self.cache = compiled(paxcache.reorder)(self.cache, ids(*parents))
-        self.twin = compiled(paxcache.reorder)(self.twin, ids(*parents, *range(B, TWIN_ROWS)))
+        self.reorder_twin(np.array([*parents, *range(B, TWIN_ROWS)]))
 
     def truncate(self, lens):
+        """No further than the last extend: beside a window, pages left of what that saw are gone."""
+        lens = np.maximum(lens, self.floors[:B])
         self.cache = compiled(paxcache.truncate)(self.cache, ids(*lens))
         self.twin = compiled(paxcache.truncate)(self.twin, self.padded(ids(*lens), M * S))
 
     def release(self, rows):
         self.cache = compiled(paxcache.release)(self.cache, jnp.array(rows))
         self.twin = compiled(paxcache.release)(self.twin, self.padded(jnp.array(rows), False))
+        self.floors[:B][np.array(rows)] = 0
 
     def preempt(self, rows):
         slot = next((s for s in range(SLOTS) if s not in self.tickets), None)

@@ -326,8 +326,17 @@ def decode_plan(
     """
     i32 = jnp.int32
     B, M = block_tables.shape
-    head_groups = num_heads // _largest_group(num_heads // num_kv_heads, head_dim)
-    turns = head_groups * -(-max_query_len // config.block_tokens) // config.lanes
+    shape = plan_shape(
+        num_rows=B,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        max_query_len=max_query_len,
+        windowed=sliding_window is not None,
+        config=config,
+    )
+    turns = shape.pairs // config.lanes
     block_len = math.gcd(page_size, TILE)
     queries = jnp.where((seq_lens > 0) & (query_lens > 0), query_lens, 0).astype(i32)
     lens = jnp.where((queries > 0) & (queries <= max_query_len), seq_lens, 0).astype(i32)
@@ -399,16 +408,6 @@ def decode_plan(
     # Zeros that the compiler cannot know to be zeros: constants may be shared, or made again for every layer.
     counters = jnp.broadcast_to(
         jnp.minimum(total, 0), (pl.cdiv(COUNTER_SETS * num_joins, line_len), line_len)
-    )
-    shape = plan_shape(
-        num_rows=B,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        page_size=page_size,
-        max_query_len=max_query_len,
-        windowed=sliding_window is not None,
-        config=config,
     )
     return Plan(jnp.concatenate([by_range, by_row, counters]), shape)
 

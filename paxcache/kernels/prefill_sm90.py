@@ -106,7 +106,7 @@ class _Case:
     @property
     def chunk(self) -> int:
         """Columns of a swizzled row."""
-        return _chunk(self.head_dim)
+        return 64 if self.head_dim % 64 == 0 else 32
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -140,10 +140,6 @@ class Plan:
 
 def _heads(num_heads: int, num_kv_heads: int) -> int:
     return CONSUMERS if num_heads // num_kv_heads % CONSUMERS == 0 else 1
-
-
-def _chunk(head_dim: int) -> int:
-    return 64 if head_dim % 64 == 0 else 32
 
 
 def tile_tokens(num_heads: int, num_kv_heads: int) -> int:
@@ -569,9 +565,8 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                             scores(s_acc, slot)
                             plgpu.wgmma(acc, p, v_s.at[before])
                             end_turn()
-                            return plgpu.wgmma_accumulator_load(
-                                s_acc, wait_n=1
-                            )  # the values' product stays in flight
+                            # The values' product stays in flight.
+                            return plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
 
                         s = pl.run_scoped(issue, plgpu.WGMMAAccumulatorRef((ROWS, block), jnp.float32))
                         plgpu.barrier_arrive(k_free.at[slot])
@@ -602,9 +597,8 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             acc, m, l, p = carry
             if not config.output_over_queries:
                 plgpu.barrier_arrive(q_free.at[wg])  # another item's queries may come
-            token, skip, count = (
-                plan[line, x] for x in (TOKEN, SKIP, COUNT)
-            )  # the product hides their latency
+            # Read before the last product, which hides their latency.
+            token, skip, count = (plan[line, x] for x in (TOKEN, SKIP, COUNT))
             slot = value_slot(blocks - 1)
             acc = add_values(acc, p, slot)
             plgpu.barrier_arrive(v_free.at[slot])
@@ -831,9 +825,8 @@ def _scatter_lse(lse: Any, by_tile: Any, plan: Plan, num_heads: int) -> Any:
     """Puts [tiles, items, consumers, rows] into [T, H]."""
     tile = plan.made_for.tile_tokens
     tiles = by_tile.shape[0]
-    by_token = by_tile.reshape(
-        tiles, num_heads, tile
-    )  # the consumers are two heads, or two halves of the tokens
+    # The consumers are two heads, or two halves of the tokens.
+    by_token = by_tile.reshape(tiles, num_heads, tile)
     offset = jnp.arange(tile, dtype=jnp.int32)
     lines = plan.lines[1:, :, None]
     mine = (offset >= lines[:, SKIP]) & (offset < lines[:, SKIP] + lines[:, COUNT])

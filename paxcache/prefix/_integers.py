@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -133,24 +133,18 @@ def shortfall(
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
 def _shortfall(seq_lens, tables, ref_counts, query_lens, num_tokens, max_query_len, page_size, windowed):
-    broken = jnp.zeros(seq_lens.shape[0], bool)
-    for table, has_window in zip(tables, windowed, strict=True):
-        if has_window:
-            broken |= _allocator.lacks_last_page(table, seq_lens, page_size=page_size)
-    request = _allocator.request(
+    _, touched = _allocator.ask(
         seq_lens,
         query_lens,
+        tables,
+        ref_counts,
+        windowed=windowed,
         num_tokens=num_tokens,
         max_query_len=max_query_len,
-        row_capacity=tables[0].shape[1] * page_size,
-        broken=broken,
+        page_size=page_size,
     )
-    most = num_tokens if max_query_len is None else max_query_len
-    missing: list[Any] = []
-    for table, counts in zip(tables, ref_counts, strict=True):
-        touched = _allocator.touch(
-            table, counts, seq_lens, request.query_lens, page_size=page_size, max_query_len=most
-        )
-        free = (counts == 0).sum(dtype=jnp.int32)
-        missing.append(jnp.maximum(touched.needs.sum(dtype=jnp.int32) - free, 0))
-    return jnp.stack(missing)
+    missing = [
+        entries.needs.sum(dtype=jnp.int32) - (counts == 0).sum(dtype=jnp.int32)
+        for entries, counts in zip(touched, ref_counts, strict=True)
+    ]
+    return jnp.maximum(jnp.stack(missing), 0)

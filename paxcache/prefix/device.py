@@ -262,7 +262,7 @@ def _admit(cache, index, rows, tokens, lens, extra_keys):
     most = jnp.minimum(jnp.maximum(lens - 1, 0) // S, M)
     entries, _ = _find(index, prompts._replace(num_pages=most))
     idle = _allocator.idle_rows(cache.seq_lens, [g.block_tables for g in cache.groups])
-    ok = _named_once(rows, B) & idle[jnp.clip(rows, 0, B - 1)]
+    ok = _allocator.named_once(rows, B) & idle[jnp.clip(rows, 0, B - 1)]
     entries = jnp.where(ok[:, None], entries, NO_ENTRY)[:, :M]
     reused = (entries >= 0).sum(axis=1, dtype=jnp.int32) * S
 
@@ -277,12 +277,6 @@ def _admit(cache, index, rows, tokens, lens, extra_keys):
     turns = index.tick + 1 + jnp.arange(N, dtype=jnp.int32)
     index = _touch(index, entries, turns)
     return cache, dataclasses.replace(index, tick=index.tick + N), jnp.where(ok, reused, -1)
-
-
-def _named_once(rows: Int32[Array, "N"], num_rows: int) -> Bool[Array, "N"]:
-    inside = (rows >= 0) & (rows < num_rows)
-    times = jnp.zeros(num_rows, jnp.int32).at[jnp.where(inside, rows, num_rows)].add(1, mode="drop")
-    return inside & (times[jnp.clip(rows, 0, num_rows - 1)] == 1)
 
 
 def _touch(index: DeviceIndex, entries: Int32[Array, "N W"], turns: Int32[Array, "N"]) -> DeviceIndex:
@@ -338,7 +332,7 @@ def _publish(cache, index, rows, tokens, lens, extra_keys):
         index.capacity,
     )
     N = rows.shape[0]
-    ok = _named_once(rows, B)
+    ok = _allocator.named_once(rows, B)
     at = jnp.clip(rows, 0, B - 1)
     lens = jnp.where(ok, jnp.minimum(jnp.minimum(lens, cache.seq_lens[at]), M * S), 0)
     prompts = _prompts(tokens, lens, extra_keys, S)
