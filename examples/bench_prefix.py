@@ -33,7 +33,8 @@ from paxcache.prefix import _integers
 
 PAGE_SIZE = 16
 LONG = 100_000  # tokens of the prompts to match and to publish; a whole number of pages
-RUNS = (1, 4, 16, 80)  # pages that one `publish` stores where prompts share nothing
+# Pages of prompts that share nothing, and pages that one `publish` stores.
+RUNS = ((1, 1), (4, 4), (16, 16), (80, 80), (80, 1))
 
 
 def small_config(num_pages: int, *, max_seqs: int, max_len: int) -> paxcache.CacheConfig:
@@ -48,29 +49,34 @@ def small_config(num_pages: int, *, max_seqs: int, max_len: int) -> paxcache.Cac
     )
 
 
-def store(cache, index, prompts: list[np.ndarray], *, max_len: int):
-    """Serves prompts of at most `max_len` tokens, as many at once as the cache has rows."""
-    extend = jax.jit(lambda cache, lens: paxcache.extend(cache, lens, max_query_len=max_len)[0])
+def store(cache, index, prompts: list[np.ndarray], *, max_len: int, chunk: int | None = None):
+    """Serves prompts of at most `max_len` tokens, as many at once as there are rows, and publishes after each chunk."""
+    chunk = chunk or max_len
+    extend = jax.jit(lambda cache, lens: paxcache.extend(cache, lens, max_query_len=chunk)[0])
     B = cache.max_seqs
     for first in range(0, len(prompts), B):
         some = prompts[first : first + B]
         rows = range(len(some))
         cache, index, reused = prefix.admit_rows(cache, index, rows, some)
-        lens = np.zeros(B, np.int32)
-        lens[: len(some)] = [len(p) - n for p, n in zip(some, reused, strict=True)]
-        cache = extend(cache, lens)
-        cache, index = prefix.publish_rows(cache, index, rows, some)
+        left = np.zeros(B, np.int32)
+        left[: len(some)] = [len(p) - n for p, n in zip(some, reused, strict=True)]
+        while left.any():
+            lens = np.minimum(left, chunk)
+            cache, left = extend(cache, lens), left - lens
+            cache, index = prefix.publish_rows(cache, index, rows, some)
         cache = paxcache.release(cache, jnp.ones(B, bool))
     return cache, index
 
 
-def stored_runs(num_pages: int, run: int, *, seed: int = 0):
-    """A cache and an index of prompts of `run` pages that share nothing, stored in an order of their own."""
+def stored_runs(num_pages: int, run: int, step: int, *, seed: int = 0):
+    """A cache and an index of prompts of `run` pages that share nothing, `step` pages stored by a call."""
     length = run * PAGE_SIZE
-    config = small_config(num_pages, max_seqs=max(400 // run, 1), max_len=length)
+    config = small_config(num_pages, max_seqs=max(400 // step, 1), max_len=length)
     tokens = np.arange(num_pages * PAGE_SIZE, dtype=np.int32).reshape(-1, length)
     tokens = np.random.default_rng(seed).permutation(tokens)
-    cache, index = store(paxcache.init(config), prefix.init(config), list(tokens), max_len=length)
+    cache, index = store(
+        paxcache.init(config), prefix.init(config), list(tokens), max_len=length, chunk=step * PAGE_SIZE
+    )
     assert index.num_entries == num_pages
     return cache, index
 
@@ -187,8 +193,8 @@ def evict() -> None:
     """Many pages in one call, then one page of n: calls of the ordered maps and new nodes of theirs."""
     num_pages, count = 100_000, 10_000
     print(f"evicting {count} of {num_pages} pages in one call")
-    for run in RUNS:
-        cache, index = stored_runs(num_pages, run)
+    for run, step in RUNS:
+        cache, index = stored_runs(num_pages, run, step)
         cells = []
         for policy in ("lru", "priority"):
             options: Any = {"policy": policy}
@@ -197,10 +203,10 @@ def evict() -> None:
             assert freed == count
             took = milliseconds(lambda o=options, c=cache, i=index: prefix.evict(c, i, count, **o)[0], 7)
             cells.append(f"{policy} {verdict(took, 100, 'ms')}")
-        print(f"  in runs of {run:2d} pages: " + "; ".join(cells))
+        print(f"  prompts of {run:2d} pages, {step:2d} stored at once: " + "; ".join(cells))
     print("evicting one page of n: calls into the ordered maps, map nodes not shared with before, time")
     for num_pages in (1_000, 10_000, 100_000):
-        cache, index = stored_runs(num_pages, 1)
+        cache, index = stored_runs(num_pages, 1, 1)
         cache, index, _ = prefix.evict(cache, index, 0)
         calls, after = count_calls(lambda c=cache, i=index: prefix.evict(c, i, 1)[1])
         took = milliseconds(lambda c=cache, i=index: prefix.evict(c, i, 1)[0], 20)
@@ -211,11 +217,11 @@ def memory() -> None:
     """What Python allocates for an index that is kept, less four bytes a token."""
     num_pages = 20_480
     print(f"memory of an index of {num_pages} pages, with the LRU order, beside the tokens themselves")
-    for run in RUNS:
-        stored_runs(num_pages, run)  # compiles
+    for run, step in RUNS:
+        stored_runs(num_pages, run, step)  # compiles
         gc.collect()
         tracemalloc.start()
-        cache, index = stored_runs(num_pages, run)
+        cache, index = stored_runs(num_pages, run, step)
         _, index, _ = prefix.evict(cache, index, 0)
         del cache
         gc.collect()
@@ -225,7 +231,9 @@ def memory() -> None:
         size = with_index - tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         beyond = size / num_pages - 4 * PAGE_SIZE
-        print(f"  in runs of {run:2d} pages: {verdict(beyond, 300, 'bytes a page')}")
+        print(
+            f"  prompts of {run:2d} pages, {step:2d} stored at once: {verdict(beyond, 300, 'bytes a page')}"
+        )
 
 
 def conversations(num_turns: int, *, seed: int) -> list[tuple[int, np.ndarray, np.ndarray]]:

@@ -820,6 +820,89 @@ def test_slru_outlasts_a_scan_and_bounds_what_it_protects():
     assert w.match(PROMPTS[0]) == 4 and w.match(PROMPTS[1]) == 0
 
 
+def grow(w, row: int, tokens, **options: Any) -> None:
+    """Goes on in a row by some tokens and publishes them."""
+    w.tokens[row] += tokens
+    w.compute(row)
+    w.publish(row, **options)
+
+
+def num_nodes(w) -> int:
+    return sum(1 for _ in _tree.items(w.index.nodes))
+
+
+def test_publishing_after_every_page_does_not_make_every_page_a_node():
+    w = world(page_size=2, num_pages=200, max_pages_per_seq=200, max_seqs=1)
+    w.admit(0, [])
+    w.context[0] = (0, None)
+    for n in range(130):
+        grow(w, 0, [n, n])
+    assert w.index.num_entries == w.index.counters.pages_stored == 130
+    assert num_nodes(w) == 3  # of 64, 64 and 2 pages
+    everything = [t for n in range(130) for t in (n, n)]
+    assert w.match(everything) == 260
+    found = prefix.match(w.index, everything)
+    assert found.keys == prefix.page_keys(everything, page_size=2)
+    assert found.ids[:, 0].tolist() == w.tables()[0, :130].tolist()
+    w.release(0)
+    assert w.evict(3) == 3 and w.match(everything) == 254
+    w.check()
+
+
+def test_pages_that_count_differently_stay_apart():
+    w = world(num_pages=64, max_pages_per_seq=32)
+    w.serve(0, [1] * 4)
+    w.admit(0, [1] * 5)  # the first page was reused, what follows was not
+    grow(w, 0, [1] * 3)
+    assert num_nodes(w) == 2
+    grow(w, 0, [1] * 4)
+    assert num_nodes(w) == 2
+    grow(w, 0, [1] * 4, priority=3)  # the pages before it get it too
+    assert num_nodes(w) == 2
+    w.index, _ = prefix.pin(w.index, [1] * 16)
+    grow(w, 0, [1] * 4)
+    assert num_nodes(w) == 3
+    w.check()
+
+
+def test_pages_of_one_run_keep_their_own_ages():
+    """First in, first out: a page stored later goes later, whatever run it lies in."""
+    w = world()
+    w.evict(0, policy="fifo", now=0)
+    a, b = [0] * 12, [1] * 4
+    w.admit(0, [])
+    w.context[0] = (0, None)
+    grow(w, 0, a[:8], now=0)
+    w.serve(1, b, now=10)
+    grow(w, 0, a[8:], now=16)
+    assert num_nodes(w) == 2
+    w.release(0)
+    gone = []
+    for _ in range(4):
+        before = w.match(a), w.match(b)
+        assert w.evict(1, policy="fifo", now=20) == 1
+        gone.append("ab"[before[0] == w.match(a)])
+        w.check()
+    assert gone == ["b", "a", "a", "a"]
+    lifetimes = w.index.counters.lifetimes  # 10, 4, and twice 20
+    assert (lifetimes[4], lifetimes[3], lifetimes[5], sum(lifetimes)) == (1, 1, 2, 4)
+
+
+def test_a_run_that_is_cut_in_two_keeps_the_ages_of_both_parts():
+    w = world()
+    w.evict(0, policy="fifo", now=0)
+    w.admit(0, [])
+    w.context[0] = (0, None)
+    for n in range(4):
+        grow(w, 0, [n] * 4, now=n * 8)
+    w.release(0)
+    w.serve(1, [0, 0, 0, 0, 1, 1, 1, 1, 7, 7, 7, 7], now=32)  # shares two of the four pages
+    assert num_nodes(w) == 3
+    assert w.evict(5, policy="fifo", now=64) == 5
+    lifetimes = w.index.counters.lifetimes  # 64, 56, 48, 40 and 32
+    assert (lifetimes[7], lifetimes[6], sum(lifetimes)) == (1, 4, 5)
+
+
 def test_time_to_live():
     w = world()
     w.serve(0, PROMPTS[0], priority=9, ttl=10, now=100)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -312,7 +313,8 @@ def publish(
     maps the stored ones and gives its own back (a `Step` made before is no longer valid). A row whose tokens were
     begun under earlier weights (see `new_epoch`) offers nothing.
 
-    Publish where a prompt or an answer ends, not after every token: each call that stores pages adds one node.
+    A call that stores nothing costs little less than one that does: publish where a prompt or an answer ends, or a page
+    is full, not after every token.
 
     Args:
       cache: the cache.
@@ -434,7 +436,8 @@ def _publish(
     extras = {page - at: e for page, e in prompt.extras.items() if at <= page < prompt.num_pages}
     extras = extras or _index.NO_EXTRAS
     run = Run(data, keys, extras, new, np.full(len(new), Tier.DEVICE, np.uint8))
-    draft.add(prompt, at, above.id if above is not None else 0, run, **worth)
+    if above is None or not draft.extend(above, run, **worth):
+        draft.add(prompt, at, 0 if above is None else above.id, run, **worth)
     draft.hold(new, taken)
     if draft.recording:
         names = tuple(np.frombuffer(data, _keys.TOKEN).tolist())
@@ -567,11 +570,12 @@ def _evict(
     if any(needs):
         in_use = [counts > 1 for counts in _integers.read_counts(cache)]
         busy, gone = [], []
-        while (lacking := max(n - len(d) for n, d in zip(needs, dropped, strict=True))) > 0:
+        while (lacking := max(map(operator.sub, needs, map(len, dropped)))) > 0:
             leaf = draft.victim(policy)
             if leaf is None:
                 break
-            pages = min(_unused_tail(leaf, in_use, lacking), lacking)
+            most = min(lacking, leaf.end - leaf.youngest) if _policy.by_age(policy) else lacking
+            pages = _unused_tail(leaf, in_use, most)
             if pages == 0:  # in use: out of the orders for the rest of this call
                 draft.unlist_leaf(leaf)
                 busy.append(leaf)

@@ -101,6 +101,10 @@ class Counters:
         return self.tokens_reused / self.tokens_asked if self.tokens_asked else 0.0
 
 
+MERGED_PAGES = 64
+"""A leaf of fewer pages takes those that follow it into its run, which is copied. So publishing after every page does
+not make every page a node."""
+
 NO_EXTRAS: dict[int, bytes] = {}
 """What most runs have, so that they share one. Never changed."""
 
@@ -131,7 +135,7 @@ class Node(NamedTuple):
     num_children: int
     epoch: int
     birth: int
-    """Turn of the call that stored it."""
+    """Turn of the call that stored the last page."""
     tick: int
     """Turn of the last call that used it. A parent's is never lower than a child's."""
     hits: int
@@ -139,12 +143,27 @@ class Node(NamedTuple):
     priority: int
     expires: float
     created_at: float
+    """Time of the call that stored the last page."""
     used_at: float
+    older: tuple[int, int, float, Any] | None = None
+    """What earlier calls stored, the latest first: (end of its pages in the run, birth, created_at, what is older)."""
 
     @property
     def size(self) -> int:
         """Pages."""
         return self.end - self.start
+
+    @property
+    def youngest(self) -> int:
+        """The first of the pages that were stored with the last one."""
+        return self.start if self.older is None else max(self.start, self.older[0])
+
+    def ending(self, end: int) -> Node:
+        """The node without its pages from `end` on."""
+        birth, created_at, older = self.birth, self.created_at, self.older
+        while older is not None and end <= older[0]:
+            _, birth, created_at, older = older
+        return self._replace(end=end, birth=birth, created_at=created_at, older=older)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -343,8 +362,12 @@ class Draft:
         """Counts pages that were cut from nodes, and their ages."""
         lifetimes, idle_times = list(self.counters.lifetimes), list(self.counters.idle_times)
         for node, pages in gone:
-            lifetimes[_age(self.now - node.created_at)] += pages
             idle_times[_age(self.now - node.used_at)] += pages
+            stays, left = node.end - pages, node
+            while left.end > stays:
+                begin = max(left.youngest, stays)
+                lifetimes[_age(self.now - left.created_at)] += left.end - begin
+                left = left.ending(begin)
         self.counters = dataclasses.replace(
             self.counters,
             pages_evicted=self.counters.pages_evicted + sum(pages for _, pages in gone),
@@ -377,8 +400,11 @@ class Draft:
             self.orders = (*self.orders, (name, order))
 
     def replace(self, old: Node, **changes: Any) -> Node:
-        """Stores a node with other fields. The orders change only where one of them would sort it elsewhere."""
-        node = old._replace(**changes)
+        """Stores a node with other fields."""
+        return self._store(old, old._replace(**changes))
+
+    def _store(self, old: Node, node: Node) -> Node:
+        """Stores a node's new form. The orders change only where one of them would sort it elsewhere."""
         self.nodes = _tree.put(self.nodes, node.id, node)
         self.num_protected += (node.hits > 0) * node.size - (old.hits > 0) * old.size
         was, now = self._listed(old), self._listed(node)
@@ -397,8 +423,8 @@ class Draft:
     def split(self, node: Node, pages: int) -> Node:
         """Cuts a node in two; returns the upper part. The lower one keeps the id: children and pins stay with it."""
         assert 0 < pages < node.size
-        upper = node._replace(id=self.next_id, end=node.start + pages, num_children=1)
         at = node.start + pages
+        upper = node.ending(at)._replace(id=self.next_id, num_children=1)
         lower = node._replace(start=at, parent=upper.id, salt=node.run.extras.get(at, b""))
         self.next_id += 1
         self.nodes = _tree.put(_tree.put(self.nodes, upper.id, upper), lower.id, lower)
@@ -443,14 +469,43 @@ class Draft:
             **fields,
         )
         self.next_id += 1
-        self.num_entries += node.size
         self.edges = _tree.put(self.edges, self.edge_of(node), node.id)
         if parent:
             above = self.node(parent)
             self.replace(above, num_children=above.num_children + 1)
         self.nodes = _tree.put(self.nodes, node.id, node)
         self.list_leaf(node)
-        self.count(pages_stored=node.size)
+        self._count_stored(node.size)
+
+    def extend(self, node: Node, run: Run, *, priority: int, expires: float) -> bool:
+        """Adds a run to the end of a short leaf, if the pages of both count the same; whether it did."""
+        alike = node.hits == 0 and node.priority == priority and node.expires == expires
+        if node.start or node.size >= MERGED_PAGES or not alike or not self._listed(node):
+            return False
+        have, end = node.run, node.end
+        joined = Run(
+            have.tokens[: end * self.page_size * _keys.TOKEN.itemsize] + run.tokens,
+            have.keys[: end * _keys.KEY_BYTES] + run.keys,
+            {page: e for page, e in have.extras.items() if page < end}
+            | {end + page: e for page, e in run.extras.items()}
+            or NO_EXTRAS,
+            np.concatenate([have.ids[:end], run.ids]),
+            np.concatenate([have.where[:end], run.where]),
+        )
+        self.replace(
+            node,
+            run=joined,
+            end=end + len(run.ids),
+            birth=self.tick,
+            created_at=self.now,
+            older=(end, node.birth, node.created_at, node.older),
+        )
+        self._count_stored(len(run.ids))
+        return True
+
+    def _count_stored(self, pages: int) -> None:
+        self.num_entries += pages
+        self.count(pages_stored=pages)
 
     def cut(self, node: Node, pages: int) -> None:
         """Forgets the last pages of a listed leaf; with its last one the leaf itself."""
@@ -459,7 +514,7 @@ class Draft:
         if self.recording:
             self.record(Removed(_keys.split_keys(node.run.keys[(end - pages) * size : end * size])))
         if pages < node.size:
-            self.replace(node, end=end - pages)
+            self._store(node, node.ending(end - pages))
             return
         self.num_protected -= (node.hits > 0) * node.size
         self.unlist_leaf(node)

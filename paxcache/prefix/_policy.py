@@ -41,6 +41,11 @@ POLICIES: dict[str, tuple[str, ...]] = {
 }
 
 
+def by_age(policy: str) -> bool:
+    """Whether pages of one leaf go at different times if different calls stored them."""
+    return policy == "fifo"
+
+
 def orders(policy: str) -> tuple[str, ...]:
     """The orders that a policy needs.
 
