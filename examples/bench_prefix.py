@@ -6,6 +6,7 @@
     python examples/bench_prefix.py memory     # bytes an index takes for a page, beside its tokens
     python examples/bench_prefix.py trace      # conversations: reuse against an oracle, and policies against Belady
     python examples/bench_prefix.py rollout    # 16 samples of one prompt in one compiled program: counts
+    python examples/bench_prefix.py prefill    # the built-in model: time to the first token by the share reused
 
 Numbers to reach are printed beside those measured, which are the median of repetitions. `rollout` is also an example of
 `paxcache.prefix.device`. Pages are as small as they can be: nothing here reads them.
@@ -20,6 +21,8 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
 import jax
@@ -27,6 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import checkpoint
+import llama
 import paxcache
 from paxcache import prefix
 from paxcache.prefix import _integers
@@ -498,7 +503,63 @@ def rollout_counts() -> None:
         )
 
 
+def prefill() -> None:
+    """The built-in model on the text it was trained on: a prompt of which a part was asked before."""
+    jax.config.update("jax_default_matmul_precision", "highest")  # rounding must not decide a near tie
+    loaded = checkpoint.load(Path(__file__).parent / "tiny", dtype=jnp.float32)
+    model_fn, params = llama.paged_model(loaded.model)
+    length, num_new, chunk = 960, 16, 64
+    text = loaded.encode(" ".join(topics.topics.values()))
+    asked = np.array(text[:length], np.int32)
+    other = np.array(text[length : 2 * length], np.int32)
+    config = llama.cache_config(
+        loaded.model.config, num_pages=256, max_seqs=1, max_len=length + num_new, dtype=jnp.float32
+    )
+
+    def run(state, prompt, limit):
+        cache, index = state
+        return paxcache.generate(
+            model_fn,
+            params,
+            cache,
+            prompt[None],
+            index=index,
+            max_new_tokens=num_new,
+            limits=limit,
+            chunk_size=chunk,
+        )
+
+    def seconds(state, limit=1):
+        """Time of a call on copies, which it is given to keep, and its result."""
+        state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+        begin = time.perf_counter()
+        result = jax.block_until_ready(run(state, asked, limit))
+        return time.perf_counter() - begin, result
+
+    empty = paxcache.init(config), prefix.device.init(config)
+    plain = paxcache.init(config), None
+    expected = run(jax.tree.map(jnp.copy, plain), asked, num_new).to_lists()
+    print(f"prompts of {length} tokens, {chunk} computed in a step; time to the first token")
+    print("  reused   computed   time, ms   of that without reuse   computed of all")
+    for shared in (0, 240, 480, 720, 864, 959):
+        before = run(jax.tree.map(jnp.copy, empty), np.concatenate([asked[:shared], other[shared:]]), 1)
+        warm = before.cache, before.index
+        reused = int(
+            prefix.device.match(before.index, asked[None, :-1], jnp.array([length - 1])).num_tokens[0]
+        )
+        computed = length - reused
+        _, result = seconds(warm, num_new)
+        assert result.to_lists() == expected, "greedy tokens differ from those without reuse"
+        pairs = [(seconds(warm)[0], seconds(plain)[0]) for _ in range(9)]
+        ratio = statistics.median(a / b for a, b in pairs)
+        mine = statistics.median(a for a, _ in pairs) * 1e3
+        print(
+            f"  {reused:6d} {computed:10d} {mine:10.1f} {ratio:23.2f} {computed / length:17.2f}", flush=True
+        )
+
+
 SECTIONS = {
+    "prefill": prefill,
     "match": match,
     "publish": publish,
     "evict": evict,
