@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
-# Path in the model -> name in the checkpoint. "{}" stands for the layer; our parameters are stacked over it.
+# Path in the model, layers without their number -> name in the checkpoint; "{}" stands for the number.
 TENSOR_NAMES = {
     "embed.embedding": "model.embed_tokens.weight",
     "layers.input_norm.scale": "model.layers.{}.input_layernorm.weight",
@@ -269,22 +269,18 @@ def hf_config(config: LlamaConfig, *, dtype: DTypeLike) -> dict[str, Any]:
 
 
 def load_model(folder: str | Path, config: LlamaConfig, *, dtype: DTypeLike) -> Llama:
-    """A model with the weights of a checkpoint folder, each tensor read once and stacked over layers."""
+    """A model with the weights of a checkpoint folder, each tensor read once."""
     abstract = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, shapes = nnx.split(abstract)
     parameters = nnx.to_flat_state(shapes)
     tensors = _Tensors(Path(folder))
-    expected = {name for path, _ in parameters for name in _tensor_names(path, config)}
+    expected = {_tensor_name(path) for path, _ in parameters}
     _check_names(expected, tensors.names, config)
     loaded = []
     for path, variable in parameters:
         abstract_value = variable.get_value()
-        names = _tensor_names(path, config)
-        stack = np.empty((len(names), *_one_shape(path, abstract_value.shape)), abstract_value.dtype)
-        for i, name in enumerate(names):
-            stack[i] = tensors.read(name, stack.shape[1:], transposed=path[-1] == "kernel")
-        value = jnp.asarray(stack if _stacked(path) else stack[0])
-        loaded.append((path, variable.replace(value)))
+        tensor = tensors.read(_tensor_name(path), abstract_value.shape, transposed=path[-1] == "kernel")
+        loaded.append((path, variable.replace(jnp.asarray(tensor, abstract_value.dtype))))
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
 
@@ -293,11 +289,8 @@ def save_model(folder: str | Path, model: Llama, *, dtype: DTypeLike) -> None:
     config = json.dumps(hf_config(model.config, dtype=dtype), indent=2) + "\n"
     tensors = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        value = np.asarray(variable.get_value().astype(dtype))
-        for name, tensor in zip(
-            _tensor_names(path, model.config), value if _stacked(path) else [value], strict=True
-        ):
-            tensors[name] = np.ascontiguousarray(tensor.T if path[-1] == "kernel" else tensor)
+        tensor = np.asarray(variable.get_value().astype(dtype))
+        tensors[_tensor_name(path)] = np.ascontiguousarray(tensor.T if path[-1] == "kernel" else tensor)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(config, encoding="utf-8")
@@ -305,17 +298,11 @@ def save_model(folder: str | Path, model: Llama, *, dtype: DTypeLike) -> None:
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _stacked(path: tuple[Any, ...]) -> bool:
-    return path[0] == "layers"
-
-
-def _one_shape(path: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[1:] if _stacked(path) else shape
-
-
-def _tensor_names(path: tuple[Any, ...], config: LlamaConfig) -> list[str]:
-    name = TENSOR_NAMES[".".join(str(part) for part in path)]
-    return [name.format(i) for i in range(config.num_layers)] if _stacked(path) else [name]
+def _tensor_name(path: tuple[Any, ...]) -> str:
+    if path[0] != "layers":
+        return TENSOR_NAMES[".".join(path)]
+    _, layer, *rest = path
+    return TENSOR_NAMES[".".join(("layers", *rest))].format(layer)
 
 
 def _check_names(expected: set[str], found: set[str], config: LlamaConfig) -> None:

@@ -4,9 +4,9 @@ Covers Llama 3.x, Qwen2.5, Qwen3 and Mistral: RMSNorm, rotary positions (plain, 
 scaled), grouped-query attention, SwiGLU, and optionally QK-norm, attention biases, tied embeddings and
 a sliding window. Owns the model and its two caches' glue; knows nothing of files (see checkpoint.py).
 
-The layers are one module whose parameters are stacked along a leading axis, run by `lax.scan`, so a
-model of 80 layers compiles as fast as one of 2. Everything but attention is written once; attention is
-a function passed in:
+Layers are modules with arrays of their own, one after the other in the program: a scan over stacked
+ones would compile faster and copy each layer's weights out of the stack in every step. Everything but
+attention is written once; attention is a function passed in:
 
 - `paged_model(model)`  packed tokens `[T]` over a `paxcache.PagedKVCache`: what serves.
 - `dense_model(model)`  padded tokens `[B, Q]` over a `[B, max_len, K, D]` buffer a layer: the baseline.
@@ -233,12 +233,9 @@ class Llama(nnx.Module):
             rngs=rngs,
         )
 
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stacked_layers(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-
-        self.layers = stacked_layers(rngs)  # every parameter [L, ...]
+        self.layers = nnx.List(
+            Layer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs) for _ in range(config.num_layers)
+        )
         self.norm = nnx.RMSNorm(
             config.hidden_size,
             epsilon=config.norm_eps,
@@ -266,32 +263,15 @@ class Llama(nnx.Module):
         hidden, _ = self.hidden(tokens, positions, attend, None)
         return self.logits(hidden)
 
-    def hidden(
-        self, tokens: Array, positions: Array, attend: Attend, cache: Any, *, scan: bool = True
-    ) -> tuple[Array, Any]:
+    def hidden(self, tokens: Array, positions: Array, attend: Attend, cache: Any) -> tuple[Array, Any]:
         """Final hidden states [..., E] of tokens i32[...] at positions i32[...], and the cache."""
         angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.config)
         rope = (jnp.cos(angles), jnp.sin(angles))
 
-        def body(carry, layer_and_index):
-            x, cache = carry
-            layer, index = layer_and_index
-            return layer(x, rope, attend, cache, index), None
-
-        carry = (self.embed(tokens), cache)
-        if scan:
-            # The cache is the carry: XLA updates it in place, each layer writing only its new tokens.
-            indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-            carry, _ = jax.lax.scan(body, carry, (self.layers, indices))
-        else:
-            for index in range(self.config.num_layers):
-                carry, _ = body(carry, (self.layer(index), index))
-        x, cache = carry
+        x = self.embed(tokens)
+        for index, layer in enumerate(self.layers):
+            x, cache = layer(x, rope, attend, cache, index)
         return self.norm(x).astype(x.dtype), cache
-
-    def layer(self, index: int) -> Layer:
-        """One layer with its own parameters, cut from the stack."""
-        return jax.tree.map(lambda stack: stack[index], self.layers)
 
     def logits(self, hidden: Float[Array, "... E"]) -> Float[Array, "... V"]:
         """The vocabulary projection, accumulated and returned in float32."""
@@ -349,8 +329,8 @@ def paged_model(model: Llama) -> tuple[Callable[..., tuple[Array, paxcache.Paged
 class DenseCache(NamedTuple):
     """Keys and values of every row, reserved up to max_len whatever the rows' lengths.
 
-    One buffer a layer, and the layers unrolled: attention would have to copy a layer's keys and values
-    out of a stack [L, ...] before it multiplies them, which costs more than attending to them.
+    One buffer a layer: attention would have to copy a layer's keys and values out of a stack [L, ...]
+    before it multiplies them, which costs more than attending to them.
     """
 
     k: tuple[Array, ...]  # L times [B, max_len, K, D]
@@ -403,7 +383,7 @@ def dense_model(
                 return attention(q, keys, values, key_value_seq_lengths=positions[:, 0] + 1), cache
             return attention(q, keys, values, mask=visible[:, None]), cache
 
-        hidden, cache = model.hidden(tokens, positions, attend, cache, scan=False)
+        hidden, cache = model.hidden(tokens, positions, attend, cache)
         return model.logits(hidden[rows, logits_at]), cache
 
     return model_fn, params

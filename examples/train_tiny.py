@@ -187,7 +187,7 @@ def train(args: argparse.Namespace, train_tokens: np.ndarray, held_out_tokens: n
         decay_steps=args.steps,
         end_value=args.learning_rate / 100,
     )
-    # Weight decay acts on matrices only: norm scales are [L, E] or [E].
+    # Weight decay acts on matrices only.
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, b2=0.98, weight_decay=args.weight_decay, mask=_is_matrix),
@@ -238,7 +238,7 @@ def drop_inputs(params, key, rate: float):
     def drop(path, leaf, key):
         if "kernel" not in jax.tree_util.keystr(path):
             return leaf
-        keep = jax.random.bernoulli(key, 1 - rate, (*leaf.shape[:2], 1))  # kernels are [L, in, out]
+        keep = jax.random.bernoulli(key, 1 - rate, (leaf.shape[0], 1))  # kernels are [in, out]
         return jnp.where(keep, leaf / (1 - rate), 0)
 
     keys = jax.random.split(key, len(leaves))
