@@ -544,9 +544,9 @@ def prefill() -> None:
     for shared in (0, 240, 480, 720, 864, 959):
         before = run(jax.tree.map(jnp.copy, empty), np.concatenate([asked[:shared], other[shared:]]), 1)
         warm = before.cache, before.index
-        reused = int(
-            prefix.device.match(before.index, asked[None, :-1], jnp.array([length - 1])).num_tokens[0]
-        )
+        assert before.index is not None
+        found = prefix.device.match(before.index, jnp.asarray(asked[None, :-1]), jnp.array([length - 1]))
+        reused = int(found.num_tokens[0])
         computed = length - reused
         _, result = seconds(warm, num_new)
         assert result.to_lists() == expected, "greedy tokens differ from those without reuse"

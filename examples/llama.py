@@ -312,8 +312,8 @@ def paged_model(model: Llama) -> tuple[Callable[..., tuple[Array, paxcache.Paged
         window = model.config.sliding_window
 
         def attend(cache, index, q, k, v):
-            cache = paxcache.append(cache, (0, index), k, v, step)
-            return paxcache.attend(cache, (0, index), q, step, sliding_window=window), cache
+            cache = paxcache.append(cache, index, k, v, step)
+            return paxcache.attend(cache, index, q, step, sliding_window=window), cache
 
         hidden, cache = model.hidden(tokens, step.positions, attend, cache)
         return model.logits(hidden[logits_at]), cache

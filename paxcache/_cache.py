@@ -1,6 +1,6 @@
 """The public contract: functions from a cache (and arrays) to a new cache.
 
-Imports `_types`, `_checks`, `_allocator` and `ops`. Nothing here reads a value on the host, and
+Imports `_quantize`, `_types`, `_checks`, `_allocator` and `ops`. Nothing here reads a value on the host, and
 nothing raises because of what values are.
 
 Every function is jitted on its own, so that an eager call is one compiled program; inside a caller's jit it is part of
@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from paxcache import _allocator, _checks, ops
+from paxcache import _allocator, _checks, _quantize, ops
 from paxcache._types import (
     INT32_MAX,
     NO_PAGE,
     CacheConfig,
     GroupCache,
+    LayerGroup,
     PagedKVCache,
     Pages,
     Status,
@@ -32,20 +34,33 @@ from paxcache._types import (
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int32
 
+    from paxcache._quantize import QuantizedPages
     from paxcache.ops import Implementation
 
 type Layer = int | tuple[int, int | jax.Array]
 """A layer: a Python int counting through the groups, or (group, index) whose index may be traced."""
 
 
-def init(config: CacheConfig) -> PagedKVCache:
+def init(
+    config: CacheConfig,
+    *,
+    k_scales: Float[Array, "L"] | None = None,
+    v_scales: Float[Array, "L"] | None = None,
+) -> PagedKVCache:
     """An empty cache.
 
     Args:
       config: shapes and sizes.
+      k_scales, v_scales: f32[L] scales of quantised keys and values, one for each layer of all groups in order; only
+        for groups with ``scales="per_tensor"``, the others' entries are ignored. v_scales may be left out where no such
+        group stores values.
 
     Returns:
       A cache in which every row is idle and every page is free.
+
+    Raises:
+      TypeError: config is no `CacheConfig`.
+      ValueError: scales are missing, given where no group takes any, of another shape, or (outside jit) not above 0.
 
     Example:
       >>> import paxcache
@@ -59,16 +74,47 @@ def init(config: CacheConfig) -> PagedKVCache:
     """
     if not isinstance(config, CacheConfig):
         raise TypeError(f"config: expected a CacheConfig, got {config!r}")
-    B, M, S = config.max_seqs, config.max_pages_per_seq, config.page_size
-    groups = []
+    B, M = config.max_seqs, config.max_pages_per_seq
+    given = [g for g in config.layer_groups if g.scales == "per_tensor"]
+    k_scales = _check_scales("k_scales", k_scales, config, needed=bool(given))
+    v_scales = _check_scales("v_scales", v_scales, config, needed=any(g.value_dim for g in given))
+    groups, first = [], 0
     for group in config.layer_groups:
-        num_pages = config.group_num_pages(group)
-        shape = (group.num_layers, num_pages, group.num_kv_heads, S)
-        k = jnp.zeros((*shape, group.head_dim), group.dtype)
-        v = jnp.zeros((*shape, group.value_dim), group.dtype) if group.value_dim else None
+        num_pages, layers = config.group_num_pages(group), slice(first, first + group.num_layers)
+        k = _empty_pool(config, group, group.head_dim, k_scales, layers)
+        v = _empty_pool(config, group, group.value_dim, v_scales, layers) if group.value_dim else None
         tables = jnp.full((B, M), NO_PAGE, jnp.int32)
         groups.append(GroupCache(Pages(k, v), tables, jnp.zeros(num_pages, jnp.int32), group.sliding_window))
+        first += group.num_layers
     return PagedKVCache(jnp.zeros(B, jnp.int32), tuple(groups))
+
+
+def _check_scales(name: str, scales: Any, config: CacheConfig, *, needed: bool) -> jax.Array | None:
+    """Scales for all layers, if some group takes them."""
+    if not needed:
+        if scales is not None:
+            raise ValueError(
+                f"{name}: expected None, no group has scales='per_tensor'; got {_checks.describe(scales)}"
+            )
+        return None
+    num_layers = sum(g.num_layers for g in config.layer_groups)
+    if scales is None:
+        raise ValueError(f"{name}: expected f32[{num_layers}] for groups with scales='per_tensor', got None")
+    if not isinstance(scales, Tracer):
+        scales = np.asarray(scales)
+        if scales.dtype.kind == "f" and not (scales > 0).all():
+            raise ValueError(f"{name}: expected scales above 0, got {scales.tolist()}")
+    return _checks.array(name, scales, "L", dtype=jnp.floating, L=num_layers).astype(jnp.float32)
+
+
+def _empty_pool(
+    config: CacheConfig, group: LayerGroup, width: int, scales: jax.Array | None, layers: slice
+) -> jax.Array | QuantizedPages:
+    shape = (group.num_layers, config.group_num_pages(group), group.num_kv_heads, config.page_size, width)
+    if group.quantization is None:
+        return jnp.zeros(shape, group.dtype)
+    own = scales[layers] if group.scales == "per_tensor" and scales is not None else None
+    return _quantize.empty(group.quantization, shape, own)
 
 
 def extend(
@@ -256,7 +302,7 @@ def append(
       cache: the cache, after `extend`.
       layer: a Python int that counts through the groups, or (group, index) with an index that may be traced.
       k, v: [T, K, D] and [T, K, Dv] in a packed step, [B, Q, K, D] and [B, Q, K, Dv] in a row-aligned one; cast to the
-        pages' dtype. v is None where the group stores no values.
+        pages' dtype, or quantised. v is None where the group stores no values.
       step: from the `extend` before.
       implementation: see `paxcache.ops`.
 

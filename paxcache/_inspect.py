@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from paxcache import _checks
+from paxcache import _checks, _quantize
 from paxcache._cache import Layer, locate
 from paxcache._types import NO_PAGE, InvariantError, PagedKVCache
 
@@ -23,6 +23,8 @@ def gather_dense(
     cache: PagedKVCache, layer: Layer, max_len: int
 ) -> tuple[Float[Array, "B N K D"], Float[Array, "B N K Dv"] | None]:
     """Keys and values of one layer as dense arrays, for inspection and for code that insists on them.
+
+    Quantised pages come back as float32.
 
     Args:
       cache: the cache.
@@ -59,7 +61,7 @@ def _gather_dense(cache, group, index, max_len):
     def dense(pool):
         if pool is None:
             return None
-        tiles = pool[index, jnp.maximum(tables, 0)]  # [B, N, K, S, D]
+        tiles = _quantize.take(pool, index, jnp.maximum(tables, 0))  # [B, N, K, S, D]
         tiles = jnp.where(stored[:, :, None, :, None], tiles, 0)
         tokens = jnp.moveaxis(tiles, 2, 3).reshape(
             tables.shape[0], num_columns * S, *pool.shape[2:3], pool.shape[-1]

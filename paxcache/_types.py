@@ -1,4 +1,4 @@
-"""The legend, the configuration and the states. Imports JAX alone.
+"""The legend, the configuration and the states. Imports `_quantize`.
 
 Axis letters, used in every docstring of the library:
 
@@ -25,8 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from paxcache._quantize import FORMATS
+
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Int32, Shaped
+    from jaxtyping import Array, Bool, Int32
+
+    from paxcache._quantize import Quantization, Scales
 
 NO_PAGE = -1
 """Marks a table entry that maps no page. It stands in stored tables only and is masked before any indexing."""
@@ -76,15 +80,17 @@ class LayerGroup:
       head_dim: width of a key.
       v_head_dim: width of a value; None means `head_dim`, 0 that no values are stored and the keys serve as values
         (latent attention in its absorbed form, as in DeepSeek-V2's MLA: slice the latent part from the output).
-      dtype: storage dtype (float32, float16 or bfloat16).
-      quantization: None stores pages exactly. No other form exists yet.
+      dtype: storage dtype (float32, float16 or bfloat16); without effect where pages are quantised.
+      quantization: None stores pages exactly; "fp8_e4m3", "fp8_e5m2", "int8" and "int4" with scales, see
+        `ops.QuantizedPages`.
+      scales: of quantised pages: "per_token_head", computed as tokens are written, or "per_tensor", given to `init` for
+        each layer.
       sliding_window: tokens a query sees, itself included (Mistral, Gemma); None sees all. `attend` masks by it, and
         `extend` frees pages that lie left of it.
       num_pages: physical pages of this group; None takes the config's.
 
     Raises:
       ValueError, TypeError: an argument is out of its range or of another type.
-      NotImplementedError: a quantization that does not exist.
     """
 
     num_layers: int
@@ -92,7 +98,8 @@ class LayerGroup:
     head_dim: int
     v_head_dim: int | None = None
     dtype: Any = jnp.bfloat16
-    quantization: str | None = None
+    quantization: Quantization | None = None
+    scales: Scales = "per_token_head"
     sliding_window: int | None = None
     num_pages: int | None = None
 
@@ -116,14 +123,42 @@ class LayerGroup:
         if dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
             raise ValueError(f"LayerGroup: dtype must be float32, float16 or bfloat16, got {dtype}")
         object.__setattr__(self, "dtype", dtype)
+        if self.scales not in ("per_token_head", "per_tensor"):
+            raise ValueError(
+                f"LayerGroup: scales must be 'per_token_head' or 'per_tensor', got {self.scales!r}"
+            )
         if self.quantization is not None:
-            raise NotImplementedError(f"quantization={self.quantization!r}: only None (exact pages) exists")
+            if self.quantization not in FORMATS:
+                known = ", ".join(FORMATS)
+                raise ValueError(
+                    f"LayerGroup: quantization must be None or one of {known}, got {self.quantization!r}"
+                )
+            for name, width in (("head_dim", self.head_dim), ("v_head_dim", self.value_dim)):
+                if width % FORMATS[self.quantization].per_element:
+                    raise ValueError(f"LayerGroup: {name} must be even for {self.quantization}, got {width}")
+        elif self.scales != "per_token_head":
+            raise ValueError(f"LayerGroup: scales={self.scales!r} needs a quantization, got None")
 
     @property
     def value_dim(self) -> int:
         """Width of a stored value; 0 where none is stored."""
         assert self.v_head_dim is not None  # set in __post_init__
         return self.v_head_dim
+
+    def page_elements(self, page_size: int) -> int:
+        """Elements of one page in all layers, keys and values."""
+        return self.num_layers * self.num_kv_heads * page_size * (self.head_dim + self.value_dim)
+
+    def page_bytes(self, page_size: int) -> int:
+        """Bytes of one page in all layers, scales included."""
+        elements = self.page_elements(page_size)
+        if self.quantization is None:
+            return elements * jnp.dtype(self.dtype).itemsize
+        form = FORMATS[self.quantization]
+        scales = self.num_layers * (2 if self.value_dim else 1)
+        if self.scales == "per_token_head":
+            scales *= self.num_kv_heads * page_size
+        return elements // form.per_element * form.dtype.itemsize + 4 * scales
 
 
 _FLAT = tuple(f.name for f in dataclasses.fields(LayerGroup) if f.name != "num_pages")
@@ -137,7 +172,7 @@ class CacheConfig:
     global attention, latent attention, a draft model's layers) give `groups` instead of them.
 
     Args:
-      num_layers, num_kv_heads, head_dim, v_head_dim, dtype, quantization, sliding_window: see `LayerGroup`.
+      num_layers, num_kv_heads, head_dim, v_head_dim, dtype, quantization, scales, sliding_window: see `LayerGroup`.
       page_size: token slots in a page, S.
       num_pages: physical pages, P; one pool a group.
       max_seqs: rows, B.
@@ -165,7 +200,8 @@ class CacheConfig:
     max_seqs: int
     max_pages_per_seq: int
     dtype: Any = jnp.bfloat16
-    quantization: str | None = None
+    quantization: Quantization | None = None
+    scales: Scales = "per_token_head"
     sliding_window: int | None = None
     v_head_dim: int | None = None
     groups: tuple[LayerGroup, ...] = ()
@@ -213,26 +249,20 @@ class CacheConfig:
         """Physical pages of a group."""
         return self.num_pages if group.num_pages is None else group.num_pages
 
-    def _group_page_elements(self, group: LayerGroup) -> int:
-        return group.num_layers * group.num_kv_heads * self.page_size * (group.head_dim + group.value_dim)
-
     @property
     def page_elements(self) -> int:
         """Elements of one page in all layers of all groups, keys and values: what S tokens of a row take."""
-        return sum(self._group_page_elements(g) for g in self.layer_groups)
+        return sum(g.page_elements(self.page_size) for g in self.layer_groups)
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page in all layers of all groups."""
-        return sum(self._group_page_elements(g) * jnp.dtype(g.dtype).itemsize for g in self.layer_groups)
+        return sum(g.page_bytes(self.page_size) for g in self.layer_groups)
 
     @property
     def pool_bytes(self) -> int:
         """Bytes of all pages of all groups."""
-        return sum(
-            self.group_num_pages(g) * self._group_page_elements(g) * jnp.dtype(g.dtype).itemsize
-            for g in self.layer_groups
-        )
+        return sum(self.group_num_pages(g) * g.page_bytes(self.page_size) for g in self.layer_groups)
 
     @property
     def tokens_capacity(self) -> int:
@@ -264,7 +294,7 @@ class CacheConfig:
         sized = [g for g in one.layer_groups if g.num_pages is None]
         if not sized:
             raise ValueError("CacheConfig.fit: every group has num_pages already; nothing to fit")
-        per_page = sum(one._group_page_elements(g) * jnp.dtype(g.dtype).itemsize for g in sized)
+        per_page = sum(g.page_bytes(one.page_size) for g in sized)
         fixed = one.pool_bytes - per_page
         num_pages = min((memory_bytes - fixed) // per_page, INT32_MAX // one.page_size)
         if num_pages < 1:
@@ -279,9 +309,10 @@ class CacheConfig:
 class Pages:
     """The pool of a layer group. Every leaf leads with ``[L, P]``; copies, offload and persistence know no more."""
 
-    k: Shaped[Array, "L P K S D"]
-    v: Shaped[Array, "L P K S Dv"] | None
-    """None where keys serve as values."""
+    k: Any
+    """[L, P, K, S, D]: an array, or an `ops.QuantizedPages`, which has the same shape."""
+    v: Any
+    """[L, P, K, S, Dv] likewise; None where keys serve as values."""
 
 
 @jax.tree_util.register_dataclass

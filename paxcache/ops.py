@@ -1,10 +1,10 @@
 """Array-level ops for those who keep their own tables: checks, choice of a backend, plans.
 
-Imports `_types`, `_checks` and `kernels`; knows arrays, never caches. Every op takes ``implementation``: None takes the
-best backend that supports the case, ``"mosaic_gpu"``, ``"triton"`` or ``"xla"`` names one, and a named one that cannot
-do it raises NotImplementedError with the reason.
+Imports `_quantize`, `_checks`, `_allocator` and `kernels`; knows arrays, never caches. Every op takes
+``implementation``: None takes the best backend that supports the case, ``"mosaic_gpu"``, ``"triton"`` or ``"xla"``
+names one, and a named one that cannot do it raises NotImplementedError with the reason.
 
-Pools are ``[P, K, S, D]``, or ``[L, P, K, S, D]`` together with ``layer``.
+Pools are ``[P, K, S, D]``, or ``[L, P, K, S, D]`` together with ``layer``; each is an array or a `QuantizedPages`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paxcache import _checks
+from paxcache import _checks, _quantize
 from paxcache._allocator import running_sum
+from paxcache._quantize import QuantizedPages
 from paxcache.kernels import xla
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 Implementation = Literal["mosaic_gpu", "triton", "xla"] | None
 _BACKENDS = ("mosaic_gpu", "triton", "xla")
+
+FORMATS = _quantize.FORMATS
+"""The forms of quantised pages by name: dtype of the stored values, and the largest of them."""
 
 
 def _require_hopper() -> None:
@@ -48,6 +52,8 @@ def _mosaic(module: str, function: str, *args: Any, **options: Any) -> Callable[
     """A call of a Hopper kernel; its module is imported only where such a GPU is."""
 
     def run():
+        if any(isinstance(arg, QuantizedPages) for arg in args):
+            raise NotImplementedError("mosaic_gpu does not read or write quantised pages yet")
         _require_hopper()
         return getattr(importlib.import_module(f"paxcache.kernels.{module}"), function)(*args, **options)
 
@@ -93,13 +99,13 @@ def _no_derivative(op: str, tree: Any) -> Any:
 
 def _as_stacked(op: str, layer: Any, *pools: Any) -> tuple[jax.Array, list[Any]]:
     """The layer as an int32 scalar and the pools as [L, P, ...]."""
-    ndim = jnp.ndim(pools[0])
+    ndim = pools[0].ndim if isinstance(pools[0], QuantizedPages) else jnp.ndim(pools[0])
     if layer is None:
         if ndim != 4:
             raise ValueError(
                 f"{op}: k_pages must be [P, K, S, D] without layer, got {_checks.describe(pools[0])}"
             )
-        return jnp.int32(0), [None if p is None else jnp.asarray(p)[None] for p in pools]
+        return jnp.int32(0), [jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], p) for p in pools]
     if ndim != 5:
         raise ValueError(
             f"{op}: k_pages must be [L, P, K, S, D] with layer, got {_checks.describe(pools[0])}"
@@ -107,17 +113,39 @@ def _as_stacked(op: str, layer: Any, *pools: Any) -> tuple[jax.Array, list[Any]]
     num_layers = pools[0].shape[0]
     if isinstance(layer, (int, np.integer)) and not 0 <= layer < num_layers:
         raise ValueError(f"{op}: layer must be in [0, {num_layers}), got {layer}")
-    return _checks.int_array("layer", layer, ""), [None if p is None else jnp.asarray(p) for p in pools]
+    return _checks.int_array("layer", layer, ""), [jax.tree.map(jnp.asarray, p) for p in pools]
 
 
 def _check_pools(k_pages: Any, v_pages: Any) -> None:
     """Pools of one key and value width each, alike in all else."""
+    _check_pool("k_pages", k_pages, "L P K S D")
+    if v_pages is None:
+        return
     L, P, K, S, _ = k_pages.shape
-    _checks.array("k_pages", k_pages, "L P K S D", dtype=jnp.floating)
-    if v_pages is not None:
-        _checks.array("v_pages", v_pages, "L P K S Dv", dtype=jnp.floating, L=L, P=P, K=K, S=S)
-        if v_pages.dtype != k_pages.dtype:
-            raise TypeError(f"v_pages: expected the dtype of k_pages, {k_pages.dtype}, got {v_pages.dtype}")
+    if isinstance(v_pages, QuantizedPages) != isinstance(k_pages, QuantizedPages):
+        raise TypeError(
+            f"v_pages: expected {type(k_pages).__name__} like k_pages, got {type(v_pages).__name__}"
+        )
+    _check_pool("v_pages", v_pages, "L P K S Dv", L=L, P=P, K=K, S=S)
+    if v_pages.dtype != k_pages.dtype:
+        raise TypeError(f"v_pages: expected the dtype of k_pages, {k_pages.dtype}, got {v_pages.dtype}")
+
+
+def _check_pool(name: str, pool: Any, dims: str, **sizes: int) -> None:
+    """A pool of plain numbers, or of quantised ones with scales that fit them."""
+    if not isinstance(pool, QuantizedPages):
+        _checks.array(name, pool, dims, dtype=jnp.floating, **sizes)
+        return
+    _checks.array(name, pool.values, dims, **sizes)
+    if jnp.dtype(pool.dtype) not in _quantize.BY_DTYPE:
+        known = ", ".join(map(str, _quantize.BY_DTYPE))
+        raise TypeError(f"{name}: expected quantised values of {known}, got {_checks.describe(pool.values)}")
+    L, P, K, S, _ = pool.values.shape
+    if pool.scales.shape not in ((L, P, K, S), (L, P, 1, 1)) or pool.scales.dtype != jnp.float32:
+        raise ValueError(
+            f"{name}: expected scales float32[{L},{P},{K},{S}] or float32[{L},{P},1,1] (L=1 without layer), "
+            f"got {_checks.describe(pool.scales)}"
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -226,8 +254,8 @@ def plan(
 
 def paged_attention(
     q: Float[Array, "T H D"],
-    k_pages: Float[Array, "L P K S D"],
-    v_pages: Float[Array, "L P K S Dv"] | None,
+    k_pages: Float[Array, "L P K S D"] | QuantizedPages,
+    v_pages: Float[Array, "L P K S Dv"] | QuantizedPages | None,
     block_tables: Int32[Array, "B M"],
     seq_lens: Int32[Array, "B"],
     *,
@@ -254,7 +282,8 @@ def paged_attention(
 
     Args:
       q: [T, H, D] packed queries; without query lengths one a row, [B, H, D]. H is a multiple of K.
-      k_pages, v_pages: the pools, with ``layer`` if they hold several. v_pages None: keys serve as values.
+      k_pages, v_pages: the pools, with ``layer`` if they hold several. v_pages None: keys serve as values. Quantised
+        pools are read as they are stored.
       block_tables: i32[B, M] page ids; a negative entry maps nothing.
       seq_lens: i32[B] lengths with the new tokens.
       cu_query_lens: i32[B + 1] running sum of new tokens, or else both of
@@ -363,8 +392,8 @@ def paged_attention(
 
 
 def write_pages(
-    k_pages: Float[Array, "L P K S D"],
-    v_pages: Float[Array, "L P K S Dv"] | None,
+    k_pages: Float[Array, "L P K S D"] | QuantizedPages,
+    v_pages: Float[Array, "L P K S Dv"] | QuantizedPages | None,
     k: Float[Array, "T K D"],
     v: Float[Array, "T K Dv"] | None,
     slot_mapping: Int[Array, "T"],
@@ -373,12 +402,13 @@ def write_pages(
     v_head: int | None = None,
     layer: Int32[Array, ""] | int | None = None,
     implementation: Implementation = None,
-) -> tuple[Float[Array, "L P K S D"], Float[Array, "L P K S Dv"] | None]:
+) -> tuple[Any, Any]:
     """Writes each token's key and value to its slot, in place where the pools are donated.
 
     Args:
       k_pages, v_pages: the pools; v_pages None where keys serve as values.
-      k, v: [T, K, D] and [T, K, Dv], cast to the pools' dtype. v is None exactly where v_pages is.
+      k, v: [T, K, D] and [T, K, Dv], cast to the pools' dtype, or quantised: with a scale for each token and head, or
+        with the scale that their page has. v is None exactly where v_pages is.
       slot_mapping: integer[T], ``page * S + offset``; slots outside [0, P * S) are dropped. No slot may stand twice.
       k_head, v_head: first head of ``k`` and of ``v`` to write, where they have more than K. Both may be a fused
         projection of H + 2 K heads, with ``k_head=H, v_head=H + K``: kernels then read it where it lies, while a slice
@@ -432,7 +462,7 @@ def write_pages(
         ),
     )
     if not stacked:
-        return k_pages[0], None if v_pages is None else v_pages[0]
+        k_pages, v_pages = jax.tree.map(lambda leaf: leaf[0], (k_pages, v_pages))
     return k_pages, v_pages
 
 

@@ -39,7 +39,16 @@ def partition_specs(cache: PagedKVCache, axis: str) -> PagedKVCache:
     """
     replicated = jax.tree.map(lambda _: PartitionSpec(), cache)
     groups = tuple(
-        dataclasses.replace(spec, pages=jax.tree.map(lambda _: PartitionSpec(None, None, axis), group.pages))
+        dataclasses.replace(
+            spec,
+            # Scales that a layer's heads have in common, [L, P, 1, 1], go to every device.
+            pages=jax.tree.map(
+                lambda leaf, K=group.pages.k.shape[2]: (
+                    PartitionSpec(None, None, axis) if leaf.shape[2] == K else PartitionSpec()
+                ),
+                group.pages,
+            ),
+        )
         for spec, group in zip(replicated.groups, cache.groups, strict=True)
     )
     return dataclasses.replace(replicated, groups=groups)

@@ -1,7 +1,7 @@
 """Every op in plain JAX: runs on any device, and is what other backends are measured against.
 
-Imports `_allocator`, for its sums. Inputs are already checked (by `paxcache.ops`) and in one form: pools
-``[L, P, K, S, D]`` with a layer index, queries ``[T, H, D]`` with a start and a length for each row.
+Imports `_quantize`, and `_allocator` for its sums. Inputs are already checked (by `paxcache.ops`) and in one form:
+pools ``[L, P, K, S, D]`` with a layer index, queries ``[T, H, D]`` with a start and a length for each row.
 
 Attention cuts the queries into *tiles* (up to `tile_len` tokens of one row) and each tile's visible keys into *chunks*
 of a few pages. A loop takes a fixed number of (tile, chunk) *items* at a time, computes their partial softmax and joins
@@ -19,6 +19,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from paxcache._allocator import running_sum
+from paxcache._quantize import QuantizedPages, decode, encode, scales_of
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Int32, PyTree, Shaped
@@ -85,8 +86,8 @@ def make_plan(
 
 def paged_attention(
     q: Float[Array, "T H D"],
-    k_pages: Float[Array, "L P K S D"],
-    v_pages: Float[Array, "L P K S Dv"] | None,
+    k_pages: Float[Array, "L P K S D"] | QuantizedPages,
+    v_pages: Float[Array, "L P K S Dv"] | QuantizedPages | None,
     block_tables: Int32[Array, "B M"],
     seq_lens: Int32[Array, "B"],
     query_starts: Int32[Array, "B"],
@@ -107,12 +108,17 @@ def paged_attention(
     G, Q, C = H // K, plan.tile_len, plan.chunk_pages
     num_tiles, max_pages = plan.tile_rows.shape[0], block_tables.shape[1]
     Dv = D if v_pages is None else v_pages.shape[-1]
-    precision = lax.Precision.HIGHEST if k_pages.dtype == f32 else None
+    products = q.dtype if isinstance(k_pages, QuantizedPages) else k_pages.dtype
+    precision = lax.Precision.HIGHEST if products == f32 else None
 
     in_tile = jnp.arange(Q, dtype=jnp.int32)
     tokens = query_starts[plan.tile_rows][:, None] + plan.tile_offsets[:, None] + in_tile
     q_tiles = q[jnp.minimum(tokens, T - 1)].reshape(num_tiles, Q, K, G, D)
     positions = (seq_lens - query_lens)[plan.tile_rows][:, None] + plan.tile_offsets[:, None] + in_tile
+
+    def by_key(scales):
+        """[N, C, K, S] beside scores [N, K, Q, G, C, S]."""
+        return jnp.moveaxis(scales, 2, 1)[:, :, None, None]
 
     def attend(tiles, columns):
         """Softmax of tiles [N] over the pages in table columns [N, C]: unnormalised sum, maximum and denominator."""
@@ -122,13 +128,15 @@ def paged_attention(
         stored = ((pages >= 0) & (columns < max_pages))[:, :, None] & (k_pos < seq_lens[row][:, None, None])
         pages = jnp.maximum(pages, 0)
 
-        k = k_pages[layer, pages]  # [N, C, K, S, D]
+        k, k_scales = _load(k_pages, layer, pages, q.dtype)  # [N, C, K, S, D]
         # Keys are the left operand and stay as they lie: as the right one XLA's CPU backend would transpose them.
         s = jnp.einsum(
             "ncksd,nqkgd->nkcsqg", k, q_tiles[tiles], preferred_element_type=f32, precision=precision
         )
         s = jnp.moveaxis(s, (4, 5), (2, 3))
         s = s * sm_scale
+        if k_scales is not None:
+            s = s * by_key(k_scales)
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
         visible = stored[:, None]
@@ -141,9 +149,15 @@ def paged_attention(
         s = jnp.where(visible, s, NEG)  # a select: a recycled slot may hold NaN
         m = s.max(axis=(-2, -1))
         p = jnp.where(visible, jnp.exp(s - m[..., None, None]), 0)
-        v = k[..., :Dv] if v_pages is None else v_pages[layer, pages]
+        if v_pages is None:
+            v, v_scales = k[..., :Dv], k_scales
+        else:
+            v, v_scales = _load(v_pages, layer, pages, q.dtype)
         v = jnp.where(stored[:, :, None, :, None], v, 0)  # 0 × NaN is NaN
-        p_v = p.astype(v.dtype)
+        p_v = p
+        if v_scales is not None:
+            p_v = p * by_key(jnp.where(stored[:, :, None], v_scales, 0))
+        p_v = p_v.astype(v.dtype)
         if (
             Q * G <= S
         ):  # page by page, values as they lie: cheaper than to transpose them, while the results are few
@@ -202,14 +216,23 @@ def paged_attention(
     return out, lse
 
 
+def _load(
+    pool: Float[Array, "L P K S D"] | QuantizedPages, layer: Any, pages: Int32[Array, "*N"], dtype: Any
+) -> tuple[Float[Array, "*N K S D"], Float[Array, "*N #K #S"] | None]:
+    """Pages of one layer, and the scales that their numbers are still to be multiplied with."""
+    if not isinstance(pool, QuantizedPages):
+        return pool[layer, pages], None
+    return decode(pool.values[layer, pages], pool.form, dtype), pool.scales[layer, pages]
+
+
 def write_pages(
-    k_pages: Float[Array, "L P K S D"],
-    v_pages: Float[Array, "L P K S Dv"] | None,
+    k_pages: Float[Array, "L P K S D"] | QuantizedPages,
+    v_pages: Float[Array, "L P K S Dv"] | QuantizedPages | None,
     k: Float[Array, "T K D"],
     v: Float[Array, "T K Dv"] | None,
     slot_mapping: Int[Array, "T"],
     layer: Int32[Array, ""],
-) -> tuple[Array, Array | None]:
+) -> tuple[Array | QuantizedPages, Array | QuantizedPages | None]:
     """Writes each token's key and value to its slot; slots outside the pool are dropped. One scatter a pool."""
     num_pages, page_size = k_pages.shape[1], k_pages.shape[3]
     # A negative index wraps even with mode="drop", so that it is moved past the end first.
@@ -217,7 +240,16 @@ def write_pages(
     offset = slot_mapping % page_size
 
     def write(pool, new):
-        return pool.at[layer, page, :, offset].set(new.astype(pool.dtype), mode="drop")
+        if not isinstance(pool, QuantizedPages):
+            return pool.at[layer, page, :, offset].set(new.astype(pool.dtype), mode="drop")
+        form, stored = pool.form, pool.scales
+        if stored.shape[2:] == pool.shape[2:4]:
+            scales = scales_of(new, form)
+            stored = stored.at[layer, page, :, offset].set(scales, mode="drop")
+        else:  # the pages have theirs
+            scales = stored[layer, jnp.minimum(page, num_pages - 1), 0]
+        values = pool.values.at[layer, page, :, offset].set(encode(new, scales, form), mode="drop")
+        return QuantizedPages(values, stored)
 
     return write(k_pages, k), None if v_pages is None else write(v_pages, v)
 
