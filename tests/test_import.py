@@ -34,13 +34,18 @@ def test_needs_jax_alone_and_touches_no_device():
         "jinja2",
         "jaxtyping",
         "jax_triton",
+        "orbax",
+        "tensorstore",
     )
     done = run(ALONE.format(blocked=blocked))
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("module", ["nnx", "linen"])
-def test_flax_modules_say_that_they_need_flax(module):
-    done = run(f"import sys; sys.modules['flax'] = None; import paxcache.{module}")
+@pytest.mark.parametrize(
+    ("module", "needs", "says"),
+    [("nnx", "flax", "flax"), ("linen", "flax", "flax"), ("persist", "tensorstore", "pip install 'paxcache[persist]'")],
+)
+def test_modules_say_what_they_need(module, needs, says):
+    done = run(f"import sys; sys.modules['{needs}'] = None; import paxcache.{module}")
     assert done.returncode != 0
-    assert "flax" in done.stderr
+    assert says in done.stderr
