@@ -43,7 +43,11 @@ def test_needs_jax_alone_and_touches_no_device():
 
 @pytest.mark.parametrize(
     ("module", "needs", "says"),
-    [("nnx", "flax", "flax"), ("linen", "flax", "flax"), ("persist", "tensorstore", "pip install 'paxcache[persist]'")],
+    [
+        ("nnx", "flax", "flax"),
+        ("linen", "flax", "flax"),
+        ("persist", "tensorstore", "pip install 'paxcache[persist]'"),
+    ],
 )
 def test_modules_say_what_they_need(module, needs, says):
     done = run(f"import sys; sys.modules['{needs}'] = None; import paxcache.{module}")

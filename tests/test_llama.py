@@ -167,7 +167,9 @@ def test_no_weight_is_copied_in_a_step():
     model_fn, params = llama.paged_model(model)
     cache, step = paxcache.extend(paxcache.init(config), jnp.array([1]), num_tokens=1)
     step_fn = jax.jit(model_fn, donate_argnums=2)
-    text = step_fn.lower(params, jnp.zeros(1, jnp.int32), cache, step, jnp.array([0])).compile().as_text() or ""
+    text = (
+        step_fn.lower(params, jnp.zeros(1, jnp.int32), cache, step, jnp.array([0])).compile().as_text() or ""
+    )
     shapes = {"f32[" + ",".join(map(str, p.shape)) + "]" for p in jax.tree.leaves(params) if p.ndim == 2}
     made = re.compile(r"= (f32\[[\d,]+\])\S* (?:copy|slice|dynamic-slice|fusion|convert)\(")
     assert len(shapes) > 4, "these are told from activations by their shapes"

@@ -17,6 +17,7 @@ import paxcache
 from driver import config_of, copy_of
 from paxcache import offload
 from paxcache._types import Pages
+from paxcache.offload import _pages
 from test_in_place import _HOST, assert_in_place, cache_shapes, shape, text_of
 from test_in_place import config as big_config
 
@@ -352,10 +353,10 @@ def test_places_of_tickets_are_reused_but_old_tickets_are_not():
 
 
 def test_programs_are_compiled_once_per_size_class():
-    classes = [offload._size_class(n) for n in range(1, 4097)]
+    classes = [_pages.size_class(n) for n in range(1, 4097)]
     assert all(n <= c < n * 1.125 + 1 for n, c in enumerate(classes, 1))
     assert len(set(classes)) <= 8 * 12
-    assert offload._size_class(0) == 0
+    assert _pages.size_class(0) == 0
 
 
 def test_inside_jit_the_bound_is_what_the_rows_can_map():

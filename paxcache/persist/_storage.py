@@ -33,6 +33,7 @@ import tensorstore as ts
 from paxcache import _checks, offload
 from paxcache._cache import init
 from paxcache._types import CacheConfig
+from paxcache.offload import _pages
 from paxcache.prefix import _keys
 
 if TYPE_CHECKING:
@@ -379,7 +380,7 @@ class Storage:
         """
         _check_keys(keys)
         bar = _import_tqdm() if progress else None
-        offload._space(memory_kind)
+        _pages.space(memory_kind)
         layout, N = self._layout, len(keys)
         arrays = [[_zeros((N, *shape), dtype) for shape, dtype in leaves] for leaves in layout.leaves]
         blocks = [[_as_bytes(x) for x in group] for group in arrays]

@@ -514,7 +514,8 @@ def evict(
     """
     _check_cache(cache, index)
     num_pages = _checks.static_int("num_pages", num_pages, minimum=0)
-    return _evict(cache, index, [num_pages] * len(cache.groups), policy, now)
+    cache, index, freed, _ = _evict(cache, index, [num_pages] * len(cache.groups), policy, now)
+    return cache, index, freed
 
 
 def make_room(
@@ -555,21 +556,23 @@ def make_room(
     """
     _check_cache(cache, index)
     missing = _integers.shortfall(cache, query_lens, num_tokens=num_tokens, max_query_len=max_query_len)
-    return _evict(cache, index, np.asarray(missing).tolist(), policy, now)
+    cache, index, freed, _ = _evict(cache, index, np.asarray(missing).tolist(), policy, now)
+    return cache, index, freed
 
 
 def _evict(
     cache: PagedKVCache, index: Index, needs: list[int], policy: str, now: float | None
-) -> tuple[PagedKVCache, Index, int]:
-    """As `evict`, with a number of pages for each group."""
+) -> tuple[PagedKVCache, Index, int, list[tuple[Node, int]]]:
+    """As `evict`, with a number of pages for each group; also tells which last pages of which leaves went, in order."""
     draft = Draft(index)
     _set_time(draft, now)
     for order in _policy.orders(policy):
         draft.add_order(order)
     dropped: list[list[int]] = [[] for _ in needs]
+    gone: list[tuple[Node, int]] = []
     if any(needs):
         in_use = [counts > 1 for counts in _integers.read_counts(cache)]
-        busy, gone = [], []
+        busy = []
         while (lacking := max(map(operator.sub, needs, map(len, dropped)))) > 0:
             leaf = draft.victim(policy)
             if leaf is None:
@@ -588,7 +591,7 @@ def _evict(
         for leaf in busy:
             draft.list_leaf(leaf)
         cache = _integers.add_references(cache, dropped, -1)
-    return cache, draft.done(), min(len(d) for d in dropped)
+    return cache, draft.done(), min(len(d) for d in dropped), gone
 
 
 def _unused_tail(leaf: Node, in_use: list[np.ndarray], most: int) -> int:

@@ -1,0 +1,54 @@
+"""The host tier: pages in pinned host memory and back, preemption, stored prefixes, pools packed and resized, a store.
+
+Imports `_types`, `_checks`, `_allocator`, `ops`, `_cache` and `prefix`.
+
+What lies on the host is a value too: an `Extent` holds page-major blocks ``[N, L, ...]``, one leaf for each leaf of a
+group's pages, in memory of its own. It is written once, by one gather and one large transfer a leaf, and never again,
+so a transfer under way cannot meet a later write: a pool of host pages would be copied on each swap, or be written
+while it is read. The memory returns when the last reference to the extent is dropped.
+
+    extent = offload.swap_out(cache, page_ids)                  # copies; references stay as they are
+    cache, page_ids, ok = offload.swap_in(cache, extent)        # into free pages, all or none
+
+    host = offload.init(config, num_pages)                      # how many pages tickets may hold together
+    cache, host, ticket = offload.preempt(cache, host, rows)    # ticket.ok; the rows are idle, their pages free
+    cache, host, ok = offload.resume(cache, host, ticket, rows)
+
+    tier = offload.init_tier(config, num_pages)                 # below a prefix index: pages of prompts on the host
+    cache, index, tier, _ = offload.evict(cache, index, tier, num_pages)   # to the host; also make_room, write_through
+    cache, index, tier, _ = offload.prefetch(cache, index, tier, tokens)   # and back, before prefix.admit
+
+    cache = offload.defragment(cache)                           # used pages to the front of their pools
+    cache = offload.resize(cache, num_pages)
+
+`PageStore` holds arrays by key in ordinary CPU memory, for many threads, and is the one object here that changes.
+`bind_thread` keeps a thread that makes pinned memory beside the GPU.
+
+`resize` and the calls with a tier read counts on the host. All others run under jit, and pools change in place where a
+caller's jit donates them. Keep the two directions in programs of their own: within one, XLA may drop the way over the
+host. Nothing raises because of what values are: a refused call changes nothing and says so.
+"""
+
+from paxcache.offload._numa import Binding as Binding
+from paxcache.offload._numa import bind_thread as bind_thread
+from paxcache.offload._pages import Extent as Extent
+from paxcache.offload._pages import drop as drop
+from paxcache.offload._pages import swap_in as swap_in
+from paxcache.offload._pages import swap_out as swap_out
+from paxcache.offload._policies import evict as evict
+from paxcache.offload._policies import make_room as make_room
+from paxcache.offload._policies import match as match
+from paxcache.offload._policies import prefetch as prefetch
+from paxcache.offload._policies import write_through as write_through
+from paxcache.offload._pools import defragment as defragment
+from paxcache.offload._pools import resize as resize
+from paxcache.offload._rows import Host as Host
+from paxcache.offload._rows import Ticket as Ticket
+from paxcache.offload._rows import discard as discard
+from paxcache.offload._rows import init as init
+from paxcache.offload._rows import preempt as preempt
+from paxcache.offload._rows import resume as resume
+from paxcache.offload._store import PageStore as PageStore
+from paxcache.offload._tier import HostTier as HostTier
+from paxcache.offload._tier import Traffic as Traffic
+from paxcache.offload._tier import init_tier as init_tier

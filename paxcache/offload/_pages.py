@@ -1,0 +1,283 @@
+"""Pages to host memory and back: extents. Imports `_types`, `_checks`, `_allocator`, `ops`, `_cache` and `prefix`.
+
+What lies on the host is a value: it is written once, by one gather and one large transfer a leaf, and never again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from paxcache import _allocator, _checks, ops
+from paxcache._cache import _integers_only
+from paxcache._types import NO_PAGE, PagedKVCache, Pages
+from paxcache.prefix import _integers
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Int32
+
+    from paxcache.ops import Implementation
+
+_SPACES = {"pinned_host": jax.memory.Space.Host, "device": jax.memory.Space.Device}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """Copies of pages, by group. A value: nothing ever writes to it."""
+
+    blocks: tuple[Pages, ...]
+    """Per group, the pages' leaves as [N, L, ...], in host memory."""
+    held: tuple[Bool[Array, "N"], ...]
+    """Per group, which entries hold a page; the others are padding."""
+
+
+def space(memory_kind: str) -> Any:
+    """JAX's name for a memory kind, which the device must have."""
+    if memory_kind not in _SPACES:
+        raise ValueError(f"memory_kind: expected one of {tuple(_SPACES)}, got {memory_kind!r}")
+    if memory_kind == "pinned_host":
+        device = jax.devices()[0]
+        if memory_kind not in (memory.kind for memory in device.addressable_memories()):
+            raise NotImplementedError(f"memory_kind: {device.device_kind!r} has no {memory_kind!r} memory")
+    return _SPACES[memory_kind]
+
+
+def by_group(name: str, value: Any, num_groups: int, *, minimum: int) -> tuple[int, ...]:
+    """A static number of pages for each group: one for all, or a tuple of one each."""
+    values = value if isinstance(value, tuple) else (value,) * num_groups
+    if len(values) != num_groups:
+        raise ValueError(f"{name}: expected one for each of {num_groups} groups, got {len(values)}")
+    return tuple(_checks.static_int(name, v, minimum=minimum) for v in values)
+
+
+def size_class(num_pages: int) -> int:
+    """The next number of pages that has at most four binary digits before its zeros."""
+    step = 1 << max(num_pages.bit_length() - 4, 0)
+    return -(-num_pages // step) * step
+
+
+def is_traced(*trees: Any) -> bool:
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def copy_out(pages, page_ids, space, implementation):
+    """Blocks of the named pages in another memory. Pools go in and do not come out, so an eager call copies none."""
+    blocks = []
+    for pool, ids in zip(pages, page_ids, strict=True):
+        if ids.shape[0]:
+            block = ops.gather_pages(pool, ids, implementation=implementation)
+        else:
+            block = jax.tree.map(lambda x: jnp.zeros((0, x.shape[0], *x.shape[2:]), x.dtype), pool)
+        blocks.append(jax.device_put(block, space))
+    return tuple(blocks)
+
+
+def _copy_in(pages, page_ids, blocks, implementation):
+    """The pools with the blocks in the named pages; ids outside a pool are dropped."""
+    pools = []
+    for pool, ids, block in zip(pages, page_ids, blocks, strict=True):
+        here = jax.device_put(block, jax.memory.Space.Device)
+        pools.append(
+            ops.scatter_pages(pool, ids, here, implementation=implementation) if ids.shape[0] else pool
+        )
+    return tuple(pools)
+
+
+copy_in = jax.jit(_copy_in, static_argnums=3)
+copy_in_place = jax.jit(_copy_in, static_argnums=3, donate_argnums=0)
+"""`copy_in` for callers outside jit who give their pools away."""
+
+
+def with_pages(cache: PagedKVCache, pages: tuple[Pages, ...]) -> PagedKVCache:
+    groups = tuple(dataclasses.replace(g, pages=p) for g, p in zip(cache.groups, pages, strict=True))
+    return dataclasses.replace(cache, groups=groups)
+
+
+def pages_of(cache: PagedKVCache) -> tuple[Pages, ...]:
+    return tuple(g.pages for g in cache.groups)
+
+
+def check_extent(name: str, cache: PagedKVCache, extent: Extent) -> None:
+    """Blocks that fit the cache's pages in structure, shape and dtype."""
+    if len(extent.blocks) != len(cache.groups):
+        raise ValueError(
+            f"{name}: expected pages of {len(cache.groups)} groups, got those of {len(extent.blocks)}"
+        )
+    for g, (group, blocks) in enumerate(zip(cache.groups, extent.blocks, strict=True)):
+        if jax.tree.structure(group.pages) != jax.tree.structure(blocks):
+            raise ValueError(
+                f"{name}: expected leaves like group {g}'s pages, {jax.tree.structure(group.pages)}, "
+                f"got {jax.tree.structure(blocks)}"
+            )
+        N = extent.held[g].shape[0]
+        for pool, block in zip(jax.tree.leaves(group.pages), jax.tree.leaves(blocks), strict=True):
+            expected = (N, pool.shape[0], *pool.shape[2:])
+            if block.shape != expected or block.dtype != pool.dtype:
+                raise ValueError(
+                    f"{name}: expected {pool.dtype}{list(expected)} for group {g}, got {_checks.describe(block)}"
+                )
+
+
+def _check_page_ids(cache: PagedKVCache, page_ids: Any) -> tuple[Int32[Array, "N"], ...]:
+    """One array of pages a group; a single array is that of a single group."""
+    ids = page_ids if isinstance(page_ids, tuple) else (page_ids,)
+    if len(ids) != len(cache.groups):
+        raise ValueError(
+            f"page_ids: expected one array for each of {len(cache.groups)} groups, got {len(ids)}"
+        )
+    return tuple(_checks.int_array("page_ids", x, "N") for x in ids)
+
+
+def swap_out(
+    cache: PagedKVCache,
+    page_ids: Int32[Array, "N"] | tuple[Int32[Array, "N"], ...],
+    *,
+    memory_kind: str = "pinned_host",
+    implementation: Implementation = None,
+) -> Extent:
+    """Copies pages, with all their layers, to host memory. The cache and its references stay as they are.
+
+    Programs are compiled for each N: pad lists to a few sizes.
+
+    Args:
+      cache: the cache.
+      page_ids: i32[N] pages in any order, or a tuple of one such array a group. Ids outside [0, P) are padding; a
+        page that nobody references is nobody's to copy and counts as padding too.
+      memory_kind: where the copies go: "pinned_host", or "device" for those who only want a copy.
+      implementation: backend of the gather, see `paxcache.ops`.
+
+    Returns:
+      An `Extent`; ``extent.held`` tells which entries hold a page.
+
+    Raises:
+      ValueError, TypeError: an argument's shape or type is wrong.
+      NotImplementedError: the device has no such memory.
+
+    Example:
+      >>> import jax.numpy as jnp, paxcache
+      >>> from paxcache import offload
+      >>> config = paxcache.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=8, num_pages=16, max_seqs=2,
+      ...                               max_pages_per_seq=8)
+      >>> cache, _ = paxcache.extend(paxcache.init(config), jnp.array([20, 0]), num_tokens=20)
+      >>> extent = offload.swap_out(cache, jnp.array([1, 0, -1, 7]))
+      >>> extent.blocks[0].k.shape, extent.held[0].tolist()
+      ((4, 2, 1, 16, 8), [True, True, False, False])
+
+    Reference: the swap kernels of FastDeploy's cache manager; the host tier of SGLang's HiCache.
+    """
+    ids = _check_page_ids(cache, page_ids)
+    ids, held = _find_pages(tuple(g.ref_counts for g in cache.groups), ids)
+    return Extent(copy_out(pages_of(cache), ids, space(memory_kind), implementation), held)
+
+
+@jax.jit
+def _find_pages(ref_counts, page_ids):
+    found, held = [], []
+    for counts, ids in zip(ref_counts, page_ids, strict=True):
+        P = counts.shape[0]
+        exists = (ids >= 0) & (ids < P) & (counts[jnp.clip(ids, 0, P - 1)] > 0)
+        found.append(jnp.where(exists, ids, P))
+        held.append(exists)
+    return tuple(found), tuple(held)
+
+
+def swap_in(
+    cache: PagedKVCache, extent: Extent, *, implementation: Implementation = None
+) -> tuple[PagedKVCache, tuple[Int32[Array, "N"], ...], Bool[Array, ""]]:
+    """Copies an extent's pages into free pages, all of them in all groups or none.
+
+    Each of the pages comes with one reference, which is the caller's: hand the pages on (`prefix.move` takes references
+    of its own), then give them back with `drop`.
+
+    Args:
+      cache: the cache.
+      extent: from `swap_out`; it stays valid.
+      implementation: backend of the scatter, see `paxcache.ops`.
+
+    Returns:
+      The cache; per group the pages that the extent's entries lie in now, NO_PAGE for padding and where refused; and
+      ok bool[]: False if some group has too few free pages.
+
+    Raises:
+      ValueError, TypeError: the extent does not fit the cache.
+
+    Example:
+      >>> import jax.numpy as jnp, paxcache
+      >>> from paxcache import offload
+      >>> config = paxcache.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=8, num_pages=4, max_seqs=2,
+      ...                               max_pages_per_seq=8)
+      >>> cache, _ = paxcache.extend(paxcache.init(config), jnp.array([20, 0]), num_tokens=20)
+      >>> extent = offload.swap_out(cache, jnp.array([1, -1, 0]))
+      >>> cache, page_ids, ok = offload.swap_in(cache, extent)
+      >>> page_ids[0].tolist(), ok.item()
+      ([2, -1, 3], True)
+    """
+    check_extent("extent", cache, extent)
+    new, targets, page_ids, ok = _integers_only(_swap_in, cache, extent.held)
+    pages = copy_in(pages_of(new), targets, extent.blocks, implementation)
+    return with_pages(new, pages), page_ids, ok
+
+
+def take(
+    ref_counts: tuple[Int32[Array, "P"], ...], held: tuple[Bool[Array, "N"], ...], ok: Bool[Array, ""]
+) -> tuple[tuple[Int32[Array, "N"], ...], Bool[Array, ""]]:
+    """A free page for each held entry, P for the others; none at all unless `ok` and every group has enough."""
+    for counts, wanted in zip(ref_counts, held, strict=True):
+        ok &= wanted.sum(dtype=jnp.int32) <= (counts == 0).sum(dtype=jnp.int32)
+    taken = []
+    for counts, wanted in zip(ref_counts, held, strict=True):
+        P, N = counts.shape[0], wanted.shape[0]
+        if not N:
+            taken.append(jnp.zeros(0, jnp.int32))
+            continue
+        free = _allocator.listed(counts == 0, N)
+        rank = _allocator.running_sum(wanted)
+        taken.append(jnp.where(wanted & ok, free[jnp.maximum(rank - 1, 0)], P))
+    return tuple(taken), ok
+
+
+@jax.jit
+def _swap_in(cache, held):
+    counts = tuple(g.ref_counts for g in cache.groups)
+    targets, ok = take(counts, held, jnp.bool_(True))
+    groups, page_ids = [], []
+    for group, pages in zip(cache.groups, targets, strict=True):
+        page_ids.append(jnp.where(pages < group.ref_counts.shape[0], pages, NO_PAGE))
+        new = _allocator.add_references(group.ref_counts, page_ids[-1], 1)
+        groups.append(dataclasses.replace(group, ref_counts=new))
+    return dataclasses.replace(cache, groups=tuple(groups)), targets, tuple(page_ids), ok
+
+
+def drop(cache: PagedKVCache, page_ids: Int32[Array, "N"] | tuple[Int32[Array, "N"], ...]) -> PagedKVCache:
+    """Gives back one reference to each page: those that `swap_in` handed out. A page without any left is free.
+
+    Args:
+      cache: the cache.
+      page_ids: i32[N] pages, or a tuple of one such array a group; negative ids are padding. As with every count in
+        the cache nothing is clamped: what is given back twice shows in `check`.
+
+    Returns:
+      The cache.
+
+    Raises:
+      ValueError, TypeError: an argument's shape or type is wrong.
+
+    Example:
+      >>> import jax.numpy as jnp, paxcache
+      >>> from paxcache import offload
+      >>> config = paxcache.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=8, num_pages=4, max_seqs=2,
+      ...                               max_pages_per_seq=8)
+      >>> cache, _ = paxcache.extend(paxcache.init(config), jnp.array([20, 0]), num_tokens=20)
+      >>> cache, page_ids, _ = offload.swap_in(cache, offload.swap_out(cache, jnp.array([0])))
+      >>> paxcache.stats(offload.drop(cache, page_ids)).num_used_pages.item()
+      2
+    """
+    return _integers_only(_integers._add_references, cache, _check_page_ids(cache, page_ids), np.int32(-1))
