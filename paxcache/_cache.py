@@ -89,6 +89,19 @@ def init(
     return PagedKVCache(jnp.zeros(B, jnp.int32), tuple(groups))
 
 
+def page_shapes(config: CacheConfig) -> tuple[Pages, ...]:
+    """The pools of a config's groups as shapes."""
+    num_layers = sum(group.num_layers for group in config.layer_groups)
+    scales = jax.ShapeDtypeStruct((num_layers,), jnp.float32)
+    given = [group for group in config.layer_groups if group.scales == "per_tensor"]
+    cache = jax.eval_shape(
+        lambda k_scales, v_scales: init(config, k_scales=k_scales, v_scales=v_scales),
+        scales if given else None,
+        scales if any(group.value_dim for group in given) else None,
+    )
+    return tuple(group.pages for group in cache.groups)
+
+
 def _check_scales(name: str, scales: Any, config: CacheConfig, *, needed: bool) -> jax.Array | None:
     """Scales for all layers, if some group takes them."""
     if not needed:

@@ -15,7 +15,7 @@ import pytest
 import catalogue
 import oracle
 import paxcache
-from paxcache import offload, ops, sharding
+from paxcache import offload, ops, prefix, sharding
 
 FORMATS = ("fp8_e4m3", "fp8_e5m2", "int8", "int4")
 SCALES = ("per_token_head", "per_tensor")
@@ -403,6 +403,28 @@ def test_preempted_rows_come_back_with_their_scales(form, scales):
     for layer in range(2):
         for old, new in zip(before[layer], paxcache.gather_dense(cache, layer, 13), strict=True):
             np.testing.assert_array_equal(np.asarray(new)[[3, 0]], old[[0, 3]])
+
+
+@each_kind
+def test_prefixes_come_back_from_the_host_with_their_scales(scales):
+    config = whole_config("int8", scales)
+    given = given_scales(config, "int8") if scales == "per_tensor" else {}
+    cache, _, _ = filled(config, **given)
+    before = [np.asarray(x)[0] for x in paxcache.gather_dense(cache, 1, 12)]
+    tier = offload.init_tier(config, 24)
+    cache, index = prefix.publish(cache, prefix.init(config), 0, range(13))
+    cache = paxcache.release(cache, jnp.ones(4, bool))
+    cache, index, tier, freed = offload.evict(cache, index, tier, 3)
+    assert freed == 3
+    cache, step = paxcache.extend(
+        cache, jnp.array([0, 20, 20, 20]), num_tokens=60
+    )  # others write over the freed pages
+    cache = paxcache.append(cache, 1, jnp.ones((60, 2, 16)), jnp.ones((60, 2, 16)), step)
+    cache, index, tier, fetched = offload.prefetch(cache, index, tier, range(13))
+    cache, index, reused = prefix.admit(cache, index, 0, range(13))
+    assert (fetched, reused) == (3, 12)
+    for old, new in zip(before, paxcache.gather_dense(cache, 1, 12), strict=True):
+        np.testing.assert_array_equal(np.asarray(new)[0], old)
 
 
 @each_kind

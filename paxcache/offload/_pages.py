@@ -20,6 +20,8 @@ from paxcache._types import NO_PAGE, PagedKVCache, Pages
 from paxcache.prefix import _integers
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from jaxtyping import Array, Bool, Int32
 
     from paxcache.ops import Implementation
@@ -65,6 +67,14 @@ def size_class(num_pages: int) -> int:
 
 def is_traced(*trees: Any) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def shapes_of(pools: Iterable[Pages]) -> tuple[tuple[Any, ...], ...]:
+    """By group, shape and dtype of a page's leaves."""
+    return tuple(
+        tuple(((x.shape[0], *x.shape[2:]), np.dtype(x.dtype)) for x in jax.tree.leaves(pool))
+        for pool in pools
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

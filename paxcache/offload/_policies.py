@@ -40,7 +40,7 @@ def _check(cache: PagedKVCache, index: Index, tier: HostTier) -> None:
     _host._check_cache(cache, index)
     if not isinstance(tier, HostTier):
         raise TypeError(f"tier: expected a HostTier (from offload.init_tier), got {tier!r}")
-    if _tier.shapes_of(cache.groups) != tier.shapes:
+    if _pages.shapes_of(_pages.pages_of(cache)) != tier.shapes:
         raise ValueError("tier: made for another config: its pages have other shapes than the cache's")
 
 

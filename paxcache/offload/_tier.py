@@ -119,13 +119,6 @@ class HostTier:
         return f"HostTier(capacity={self.capacity}, num_pages={self.num_pages}, num_bytes={self.num_bytes})"
 
 
-def shapes_of(groups: Iterable[Any]) -> tuple[tuple[Any, ...], ...]:
-    return tuple(
-        tuple(((x.shape[0], *x.shape[2:]), np.dtype(x.dtype)) for x in jax.tree.leaves(group.pages))
-        for group in groups
-    )
-
-
 def init_tier(
     config: CacheConfig,
     num_pages: int | tuple[int, ...],
@@ -174,7 +167,7 @@ def init_tier(
         raise TypeError(f"config: expected a CacheConfig, got {config!r}")
     capacity = _pages.by_group("num_pages", num_pages, len(config.layer_groups), minimum=0)
     _pages.space(memory_kind)
-    shapes = shapes_of(jax.eval_shape(lambda: _cache.init(config)).groups)
+    shapes = _pages.shapes_of(_cache.page_shapes(config))
     none = (0,) * len(capacity)
     return HostTier(
         capacity=capacity,

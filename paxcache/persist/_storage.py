@@ -31,7 +31,7 @@ import numpy as np
 import tensorstore as ts
 
 from paxcache import _checks, offload
-from paxcache._cache import init
+from paxcache._cache import page_shapes
 from paxcache._types import CacheConfig
 from paxcache.offload import _pages
 from paxcache.prefix import _keys
@@ -70,22 +70,13 @@ class _Layout:
     """How a page of a cache lies in a value: its groups one after the other, each leaf after leaf."""
 
     def __init__(self, config: CacheConfig):
-        scales = jax.ShapeDtypeStruct((sum(g.num_layers for g in config.layer_groups),), jnp.float32)
-        given = [group for group in config.layer_groups if group.scales == "per_tensor"]
-        cache = jax.eval_shape(
-            lambda k_scales, v_scales: init(config, k_scales=k_scales, v_scales=v_scales),
-            scales if given else None,
-            scales if any(group.value_dim for group in given) else None,
-        )
-        self.pages = tuple(group.pages for group in cache.groups)
-        self.leaves = tuple(
-            [((x.shape[0], *x.shape[2:]), np.dtype(x.dtype)) for x in jax.tree.leaves(pages)]
-            for pages in self.pages
-        )
+        self.pages = page_shapes(config)
+        self.leaves = _pages.shapes_of(self.pages)
         self.leaf_bytes = tuple(
             [int(np.prod(shape)) * dtype.itemsize for shape, dtype in leaves] for leaves in self.leaves
         )
-        self.required = sum(1 << g for g, group in enumerate(cache.groups) if group.sliding_window is None)
+        groups = config.layer_groups
+        self.required = sum(1 << g for g, group in enumerate(groups) if group.sliding_window is None)
         self.manifest = {
             "page_size": config.page_size,
             "groups": [
@@ -93,10 +84,10 @@ class _Layout:
                     "sliding_window": group.sliding_window,
                     "leaves": {
                         jax.tree_util.keystr(path): [str(x.dtype), [x.shape[0], *x.shape[2:]]]
-                        for path, x in jax.tree_util.tree_leaves_with_path(group.pages)
+                        for path, x in jax.tree_util.tree_leaves_with_path(pages)
                     },
                 }
-                for group in cache.groups
+                for group, pages in zip(groups, self.pages, strict=True)
             ],
         }
         self.seed = zlib.crc32(json.dumps(self.manifest, sort_keys=True).encode())
