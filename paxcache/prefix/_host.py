@@ -389,9 +389,11 @@ def publish_rows(
             short = made[n]._replace(num_tokens=usable)
             _publish(draft, short, new_tables[n].T, taken, worth, extra_keys[n])
     changed = np.flatnonzero((new_tables != tables).any(axis=(1, 2)))
-    if changed.size or any(taken):
+    if changed.size:
         ids = [rows[n] for n in changed]
         cache = _integers.write_rows(cache, ids, lens[changed], new_tables[changed], taken)
+    else:
+        cache = _integers.add_references(cache, taken, 1)
     return cache, draft.done()
 
 
