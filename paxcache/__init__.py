@@ -8,8 +8,9 @@ The cache is a value: `init` makes one, and every other function takes one and r
 
 `generate` and `stream` run a model over it until every prompt is answered, in one compiled program.
 
-`paxcache.ops` holds the array-level ops, `paxcache.sharding` the layout over devices. `paxcache.nnx` and
-`paxcache.linen` hold the Flax layers and are imported by name, since they alone need Flax.
+`paxcache.ops` holds the array-level ops, `paxcache.prefix` the sharing of computed prefixes, `paxcache.offload` the
+host tier, `paxcache.sharding` the layout over devices. Imported by name, since they need more than JAX: `paxcache.nnx`
+and `paxcache.linen`, the Flax layers, and `paxcache.persist`, storage and checkpoints.
 """
 
 from paxcache import offload as offload
