@@ -1,7 +1,7 @@
 """The public contract: functions from a cache (and arrays) to a new cache.
 
-Imports `_quantize`, `_types`, `_checks`, `_allocator` and `ops`. Nothing here reads a value on the host, and
-nothing raises because of what values are.
+Imports `_quantize`, `_types`, `_checks`, `_allocator` and `ops`. But for the scales that `init` is given, nothing here
+reads a value on the host, and nothing raises because of what values are.
 
 Every function is jitted on its own, so that an eager call is one compiled program; inside a caller's jit it is part of
 that one. Pools change in place where the caller's jit donates them.

@@ -93,3 +93,14 @@ def window(name: str, value: Any) -> int | jax.Array:
     if isinstance(value, (int, np.integer)):
         return static_int(name, value, minimum=1)
     return int_array(name, value, "")
+
+
+def import_tqdm() -> Any:
+    """What shows a progress bar; ImportError with advice where it is missing."""
+    try:
+        from tqdm import tqdm  # noqa: PLC0415 (optional)
+    except ImportError as error:
+        raise ImportError(
+            "progress=True shows a bar with tqdm, which is missing: pip install tqdm"
+        ) from error
+    return tqdm

@@ -702,7 +702,7 @@ class Stream(Iterator[tuple[int, list[int]]]):
         self._state = program.state
         self._interval = interval
         self._ended = False
-        self._bar = _import_tqdm()(unit=" tokens") if progress else None
+        self._bar = _checks.import_tqdm()(unit=" tokens") if progress else None
         self._items = self._run()
 
     def __iter__(self) -> Stream:
@@ -766,16 +766,6 @@ class Stream(Iterator[tuple[int, list[int]]]):
         if not self._ended:
             raise RuntimeError("generation is under way: exhaust the stream or close() it, then read result")
         return self._program.result(self._state)
-
-
-def _import_tqdm() -> Any:
-    try:
-        from tqdm import tqdm  # noqa: PLC0415 (optional)
-    except ImportError as error:
-        raise ImportError(
-            "progress=True shows a bar with tqdm, which is missing: pip install tqdm"
-        ) from error
-    return tqdm
 
 
 def stream(

@@ -61,7 +61,9 @@ def _gather_dense(cache, group, index, max_len):
     def dense(pool):
         if pool is None:
             return None
-        tiles = _quantize.take(pool, index, jnp.maximum(tables, 0))  # [B, N, K, S, D]
+        tiles, scales = _quantize.load(pool, index, jnp.maximum(tables, 0), jnp.float32)  # [B, N, K, S, D]
+        if scales is not None:
+            tiles = tiles * scales[..., None]
         tiles = jnp.where(stored[:, :, None, :, None], tiles, 0)
         tokens = jnp.moveaxis(tiles, 2, 3).reshape(
             tables.shape[0], num_columns * S, *pool.shape[2:3], pool.shape[-1]

@@ -136,8 +136,10 @@ def decode(values: Shaped[Array, "*N Dq"], form: Format, dtype: Any) -> Float[Ar
     return jnp.concatenate([low, high], axis=-1).astype(dtype)
 
 
-def take(pool: Any, layer: Any, pages: Int32[Array, "*N"]) -> Float[Array, "*N K S D"]:
-    """Pages of one layer, quantised ones as the float32 numbers that they stand for."""
+def load(
+    pool: Float[Array, "L P K S D"] | QuantizedPages, layer: Any, pages: Int32[Array, "*N"], dtype: Any
+) -> tuple[Float[Array, "*N K S D"], Float[Array, "*N #K #S"] | None]:
+    """Pages of one layer, quantised ones as numbers of `dtype`, and the scales still to multiply them with."""
     if not isinstance(pool, QuantizedPages):
-        return pool[layer, pages]
-    return decode(pool.values[layer, pages], pool.form, jnp.float32) * pool.scales[layer, pages][..., None]
+        return pool[layer, pages], None
+    return decode(pool.values[layer, pages], pool.form, dtype), pool.scales[layer, pages]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import paxcache
 from driver import config_of, copy_of
+from layouts import LAYOUTS, assert_same, bits, group, ids, with_random_bits
 from paxcache import offload
 from paxcache._types import Pages
 from paxcache.offload import _pages
@@ -22,50 +23,9 @@ from test_in_place import _HOST, assert_in_place, cache_shapes, shape, text_of
 from test_in_place import config as big_config
 
 S, M, B = 4, 4, 4
-UINT = {2: np.uint16, 4: np.uint32}
 
 
-def group(**changes) -> paxcache.LayerGroup:
-    return paxcache.LayerGroup(
-        **{"num_layers": 2, "num_kv_heads": 2, "head_dim": 4, "dtype": jnp.float32, **changes}
-    )
-
-
-LAYOUTS = {
-    "f32": config_of(group()),
-    "f16": config_of(group(dtype=jnp.float16)),
-    "bf16": config_of(group(dtype=jnp.bfloat16)),
-    "narrow values": config_of(group(v_head_dim=2)),
-    "no values": config_of(group(v_head_dim=0, dtype=jnp.bfloat16)),
-    "groups": config_of(
-        group(), group(num_layers=1, v_head_dim=0, dtype=jnp.bfloat16, sliding_window=5, num_pages=9)
-    ),
-}
 each_layout = pytest.mark.parametrize("config", LAYOUTS.values(), ids=LAYOUTS)
-
-
-def bits(array) -> np.ndarray:
-    """An array as unsigned integers: NaN payloads count."""
-    array = np.asarray(array)
-    return array.view(UINT[array.dtype.itemsize]) if array.dtype.kind in "fV" else array
-
-
-def assert_same(a, b) -> None:
-    """Trees equal in every leaf and bit."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(bits(x), bits(y))
-
-
-def with_random_bits(cache: paxcache.PagedKVCache, seed: int = 0) -> paxcache.PagedKVCache:
-    """Every bit pattern in the pages: infinities, subnormal numbers and NaN with payloads among them."""
-    rng = np.random.default_rng(seed)
-
-    def fill(pool):
-        return jnp.asarray(rng.integers(0, 256, pool.nbytes, np.uint8).view(pool.dtype).reshape(pool.shape))
-
-    groups = [dataclasses.replace(g, pages=jax.tree.map(fill, g.pages)) for g in cache.groups]
-    return dataclasses.replace(cache, groups=tuple(groups))
 
 
 def filled(config: paxcache.CacheConfig, lens, seed: int = 0) -> paxcache.PagedKVCache:
@@ -87,10 +47,6 @@ def row_content(cache: paxcache.PagedKVCache, row: int):
         for pool in jax.tree.leaves(g.pages):
             content.append(bits(pool)[:, table[table >= 0]].tolist())
     return content
-
-
-def ids(*rows: int):
-    return jnp.array(rows, jnp.int32)
 
 
 def used(cache) -> list[int]:

@@ -29,28 +29,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import bench_persist
 import paxcache
 from driver import config_of
+from layouts import LAYOUTS, assert_same, bits, group, ids, with_random_bits
 from paxcache import offload, persist, prefix, sharding
 from paxcache.prefix import _tree
 
 PLENTY = 2**30
 
 
-def group(**changes) -> paxcache.LayerGroup:
-    return paxcache.LayerGroup(
-        **{"num_layers": 2, "num_kv_heads": 2, "head_dim": 4, "dtype": jnp.float32, **changes}
-    )
-
-
-LAYOUTS = {
-    "f32": config_of(group()),
-    "f16": config_of(group(dtype=jnp.float16)),
-    "bf16": config_of(group(dtype=jnp.bfloat16)),
-    "narrow values": config_of(group(v_head_dim=2)),
-    "no values": config_of(group(v_head_dim=0, dtype=jnp.bfloat16)),
-    "groups": config_of(
-        group(), group(num_layers=1, v_head_dim=0, dtype=jnp.bfloat16, sliding_window=5, num_pages=9)
-    ),
-}
 QUANTIZED = {
     "int8": config_of(group(quantization="int8")),
     "fp8 and int4 per tensor": config_of(
@@ -60,37 +45,8 @@ QUANTIZED = {
 WINDOWED = config_of(group(), group(num_layers=1, sliding_window=5))
 
 
-def bits(array) -> np.ndarray:
-    """An array's bytes: NaN payloads count."""
-    array = np.ascontiguousarray(array)
-    return array.reshape(*array.shape, 1).view(np.uint8)
-
-
-def assert_same(a, b) -> None:
-    """Trees equal in every leaf and bit."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(bits(x), bits(y))
-
-
-def ids(*pages: int):
-    return jnp.array(pages, jnp.int32)
-
-
 def random_cache(config: paxcache.CacheConfig) -> paxcache.PagedKVCache:
-    return random_pages(paxcache.init(config))
-
-
-def random_pages(cache: paxcache.PagedKVCache) -> paxcache.PagedKVCache:
-    """The cache with any bits in its pages."""
-    rng = np.random.default_rng(1)
-
-    def fill(pool):
-        return jnp.asarray(np.frombuffer(rng.bytes(pool.nbytes), pool.dtype).reshape(pool.shape))
-
-    groups = [dataclasses.replace(g, pages=jax.tree.map(fill, g.pages)) for g in cache.groups]
-    return dataclasses.replace(cache, groups=tuple(groups))
+    return with_random_bits(paxcache.init(config))
 
 
 def key_of(*numbers: int) -> list[bytes]:
@@ -894,7 +850,7 @@ def test_a_host_tier_comes_back(tmp_path):
     config = config_of(num_pages=8)
     cache, index, tokens = paxcache.init(config), prefix.init(config), range(9)
     cache, _ = paxcache.extend(cache, ids(9, 0, 0, 0), max_query_len=9)
-    cache, index = prefix.publish(random_pages(cache), index, 0, tokens)
+    cache, index = prefix.publish(with_random_bits(cache), index, 0, tokens)
     cache = paxcache.release(cache, jnp.array([True, False, False, False]))
     cache, index, tier, freed = offload.evict(cache, index, offload.init_tier(config, 8), 2)
     assert freed == 2

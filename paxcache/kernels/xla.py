@@ -19,7 +19,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from paxcache._allocator import running_sum
-from paxcache._quantize import QuantizedPages, decode, encode, scales_of
+from paxcache._quantize import QuantizedPages, encode, load, scales_of
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Int32, PyTree, Shaped
@@ -128,7 +128,7 @@ def paged_attention(
         stored = ((pages >= 0) & (columns < max_pages))[:, :, None] & (k_pos < seq_lens[row][:, None, None])
         pages = jnp.maximum(pages, 0)
 
-        k, k_scales = _load(k_pages, layer, pages, q.dtype)  # [N, C, K, S, D]
+        k, k_scales = load(k_pages, layer, pages, q.dtype)  # [N, C, K, S, D]
         # Keys are the left operand and stay as they lie: as the right one XLA's CPU backend would transpose them.
         s = jnp.einsum(
             "ncksd,nqkgd->nkcsqg", k, q_tiles[tiles], preferred_element_type=f32, precision=precision
@@ -152,7 +152,7 @@ def paged_attention(
         if v_pages is None:
             v, v_scales = k[..., :Dv], k_scales
         else:
-            v, v_scales = _load(v_pages, layer, pages, q.dtype)
+            v, v_scales = load(v_pages, layer, pages, q.dtype)
         v = jnp.where(stored[:, :, None, :, None], v, 0)  # 0 × NaN is NaN
         p_v = p
         if v_scales is not None:
@@ -214,15 +214,6 @@ def paged_attention(
     out = jnp.zeros((T, H, Dv), q.dtype).at[to].set(out.astype(q.dtype), mode="drop")
     lse = jnp.full((T, H), -jnp.inf, f32).at[to].set(lse, mode="drop")
     return out, lse
-
-
-def _load(
-    pool: Float[Array, "L P K S D"] | QuantizedPages, layer: Any, pages: Int32[Array, "*N"], dtype: Any
-) -> tuple[Float[Array, "*N K S D"], Float[Array, "*N #K #S"] | None]:
-    """Pages of one layer, and the scales that their numbers are still to be multiplied with."""
-    if not isinstance(pool, QuantizedPages):
-        return pool[layer, pages], None
-    return decode(pool.values[layer, pages], pool.form, dtype), pool.scales[layer, pages]
 
 
 def write_pages(

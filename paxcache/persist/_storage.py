@@ -310,7 +310,7 @@ class Storage:
           ImportError: progress without tqdm.
         """
         _check_keys(keys)
-        bar = _import_tqdm() if progress else None
+        bar = _checks.import_tqdm() if progress else None
         blocks, masks = self._layout.read_extent(extent, len(keys))
         entries: dict[bytes, int] = {}
         for entry, key in enumerate(keys):
@@ -370,7 +370,7 @@ class Storage:
           ImportError: progress without tqdm.
         """
         _check_keys(keys)
-        bar = _import_tqdm() if progress else None
+        bar = _checks.import_tqdm() if progress else None
         _pages.space(memory_kind)
         layout, N = self._layout, len(keys)
         arrays = [[_zeros((N, *shape), dtype) for shape, dtype in leaves] for leaves in layout.leaves]
@@ -605,13 +605,3 @@ def _by_age(folder: pathlib.Path, names: list[str]) -> list[str]:
             if time.time() - half.stat().st_mtime > _STALE_SECONDS:
                 half.unlink()
     return sorted(ages, key=ages.__getitem__)
-
-
-def _import_tqdm() -> Any:
-    try:
-        from tqdm import tqdm  # noqa: PLC0415 (optional)
-    except ImportError as error:
-        raise ImportError(
-            "progress=True shows a bar with tqdm, which is missing: pip install tqdm"
-        ) from error
-    return tqdm
