@@ -88,6 +88,14 @@ def static_int(name: str, value: Any, *, minimum: int) -> int:
     return int(value)
 
 
+def default_device() -> jax.Device:
+    """Where arrays without a place of their own go: `jax.default_device` counts."""
+    chosen = jax.config.jax_default_device
+    if isinstance(chosen, str):
+        return jax.devices(chosen)[0]
+    return jax.devices()[0] if chosen is None else chosen
+
+
 def window(name: str, value: Any) -> int | jax.Array:
     """A sliding window: a Python int of at least 1, or an int32 scalar that may be traced."""
     if isinstance(value, (int, np.integer)):

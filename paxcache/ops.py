@@ -36,7 +36,7 @@ FORMATS = _quantize.FORMATS
 
 def _require_hopper() -> None:
     """Declines where the default device is no Hopper GPU."""
-    device = jax.devices()[0]
+    device = _checks.default_device()
     if device.platform != "gpu":
         raise NotImplementedError(
             f"mosaic_gpu needs a Hopper GPU, the default device is {device.device_kind!r}"

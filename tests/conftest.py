@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import hypothesis
 import jax
@@ -36,8 +37,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def cpu_devices() -> list:
-    """Two CPU devices, on any machine."""
+def cpu_devices() -> Iterator[list]:
+    """Two CPU devices, on any machine; the default device is the first of them."""
     devices = jax.devices("cpu")
     assert len(devices) >= 2, "jax_num_cpu_devices came too late: something used a backend at import"
-    return devices[:2]
+    with jax.default_device(devices[0]):
+        yield devices[:2]

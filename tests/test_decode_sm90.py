@@ -139,6 +139,19 @@ def test_traced_window_is_the_static_one():
     np.testing.assert_array_equal(np.asarray(static), np.asarray(traced))
 
 
+def test_plan_with_the_largest_window_is_the_one_with_a_large_window():
+    """Rows with more query tokens than are served are left alone, also where a difference could pass int32."""
+    case = Case(lens=(150, 40), query_lens=(70, 1), kv_heads=1)
+    inputs = make_inputs(case, seed=0)
+    rows = (inputs[x] for x in ("block_tables", "seq_lens", "query_starts", "query_lens"))
+    make = functools.partial(
+        decode_sm90.decode_plan, *rows, **shapes(case), config=make_config(case, ranges=3)
+    )  # fmt: skip
+    largest, large = (np.asarray(make(sliding_window=w).lines) for w in (2**31 - 1, 1 << 20))
+    np.testing.assert_array_equal(largest, large)
+    assert large[:3, decode_sm90.TILES].sum() == 1
+
+
 def walk(plan: decode_sm90.Plan, config: decode_sm90.Config, case: Case, turns: int) -> list[list[tuple]]:
     """The (row, turn, tile) that each range visits, following the plan as the kernel does."""
     d = decode_sm90

@@ -1,4 +1,4 @@
-"""Everything unstable that the Mosaic GPU kernels use, in one place. Imports JAX alone.
+"""Everything unstable that the Mosaic GPU kernels use, in one place. Imports `_checks` and JAX.
 
 Pallas' Mosaic GPU interface is experimental and changes from release to release: the kernels import it from
 here and nowhere else, so that a new JAX release is met in one file.
@@ -19,6 +19,8 @@ from jax.extend.core import Primitive
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import memref
 from jax.interpreters import batching, mlir
+
+from paxcache._checks import default_device
 
 __all__ = [
     "COPY_DTYPES",
@@ -58,7 +60,7 @@ def device_limits(device: Any = None) -> DeviceLimits:
     A device that does not tell its limits, such as a CPU that interprets kernels or compiles them ahead of
     time, counts as an H200.
     """
-    device = jax.devices()[0] if device is None else device
+    device = default_device() if device is None else device
     if device.platform != "gpu":
         return DeviceLimits()
     major, minor = (int(x) for x in str(getattr(device, "compute_capability", "9.0")).split("."))

@@ -342,7 +342,8 @@ def decode_plan(
     lens = jnp.where((queries > 0) & (queries <= max_query_len), seq_lens, 0).astype(i32)
     low = jnp.zeros_like(lens)
     if sliding_window is not None:
-        low = jnp.maximum(lens - queries - sliding_window + 1, 0)
+        before = jnp.maximum(lens - queries, 0)  # of rows left alone too, so that no difference passes int32
+        low = jnp.maximum(before - sliding_window + 1, 0)
     base = low - low % block_len
     tiles = (lens - base + (TILE - 1)) // TILE
     pieces = jnp.sign(tiles) if config.piece_len is None else _num_pieces(config.piece_len, tiles)

@@ -45,7 +45,7 @@ def space(memory_kind: str) -> Any:
     if memory_kind not in _SPACES:
         raise ValueError(f"memory_kind: expected one of {tuple(_SPACES)}, got {memory_kind!r}")
     if memory_kind == "pinned_host":
-        device = jax.devices()[0]
+        device = _checks.default_device()
         if memory_kind not in (memory.kind for memory in device.addressable_memories()):
             raise NotImplementedError(f"memory_kind: {device.device_kind!r} has no {memory_kind!r} memory")
     return _SPACES[memory_kind]
