@@ -1,6 +1,6 @@
 """The kernels against the machine's limits and against what a JAX installation carries, on one device in one run.
 
-    python examples/bench_kernels.py [--only decode prefill append move plan limits] [--repeats 20]
+    python examples/bench_kernels.py [--only decode quantized prefill append move plan limits] [--repeats 20]
                                      [--json FILE] [--plot FILE.png] [--quick]
 
 Llama shapes: 32 query and 8 KV heads of 128, bfloat16, pages shuffled. Every result is compared with a float32
@@ -11,6 +11,8 @@ outside the time of attention and timed by themselves. See timing.py for what a 
 - "of limit": decode, the time in which the device reads as many bytes (K and V once, q and out) over the time taken;
   append and move, the same with a device copy (bytes read and written); prefill, TFLOP/s over those of an 8192³ matrix
   product, where only visible pairs of query and key count, 4 D H operations each.
+- quantized: decoding over quantised pages, whose bytes are counted with their scales. "gain": the time over plain
+  pages of the same run over the time taken; beside it what the byte counts and the read limit at each size allow.
 - "vs peer": the best peer's time over the time taken, so that more is better.
 
 A contestant that cannot do a case, or fails, is reported with its reason, and the run goes on. `--quick` shrinks every
@@ -39,7 +41,7 @@ import timing
 from paxcache import ops
 from timing import Contestant, Limits, Report, Result, Variant, close_to, compare
 
-SECTIONS = ("limits", "plan", "decode", "prefill", "append", "move")
+SECTIONS = ("limits", "plan", "decode", "quantized", "prefill", "append", "move")
 H, K, D = 32, 8, 128
 MAX_GATHER_BYTES = 16 * 2**30  # of K and V made dense, for peers without pages
 
@@ -54,8 +56,8 @@ class Batch:
     """The arguments of one attention call; a row's queries follow those of the row before."""
 
     q: jax.Array  # [T, H, D]
-    k_pages: jax.Array  # [P, K, S, D]
-    v_pages: jax.Array
+    k_pages: jax.Array | ops.QuantizedPages  # [P, K, S, D]
+    v_pages: jax.Array | ops.QuantizedPages
     block_tables: jax.Array  # [B, M]
     seq_lens: np.ndarray  # with the new tokens
     query_lens: np.ndarray
@@ -75,8 +77,10 @@ class Batch:
     @property
     def read_bytes(self) -> int:
         """K and V once, q and out."""
-        _, num_kv_heads, _, _ = self.k_pages.shape
-        return 2 * (2 * int(self.seq_lens.sum()) * num_kv_heads * D + 2 * self.q.size)
+        _, num_kv_heads, S, _ = self.k_pages.shape
+        leaves = jax.tree.leaves((self.k_pages, self.v_pages))
+        by_token = sum(math.prod(x.shape[3:]) * x.dtype.itemsize for x in leaves if x.shape[2] == S)
+        return int(self.seq_lens.sum()) * num_kv_heads * by_token + 2 * 2 * self.q.size
 
     @property
     def flops(self) -> int:
@@ -156,6 +160,7 @@ def planner(batch: Batch) -> Callable[[], ops.Plan]:
     """Makes the plan of a batch."""
     (T, num_heads, _), (_, num_kv_heads, page_size, _) = batch.q.shape, batch.k_pages.shape
     options: dict[str, Any] = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, page_size=page_size)
+    options["dtype"] = batch.k_pages.dtype
     arrays = [batch.block_tables, jnp.asarray(batch.seq_lens)]
     if batch.is_decode:
         return functools.partial(jax.jit(lambda *x: ops.plan(*x, **options)), *arrays)
@@ -315,6 +320,62 @@ def run_decode(limits: Limits, report: Report, seed: int) -> None:
                 contestants.insert(1, Contestant("xla", functools.partial(paged, batch, "xla")))
             options: dict[str, Any] = dict(work=work, limit_us=limits.read_us(work))
             compare(report, "decode", name, contestants, wrong=close_to(reference(batch)), **options)
+
+
+def quantized(batch: Batch, name: str, scales: str) -> tuple[Batch, Batch]:
+    """The batch with quantised pages, and with the numbers that these stand for."""
+    form = ops.FORMATS[name]
+    P, _, S, _ = batch.k_pages.shape
+
+    @jax.jit
+    def quantize(pool):
+        values = jnp.zeros((*pool.shape[:-1], D // form.per_element), form.dtype)
+        given = jnp.full((P, 1, 1), jnp.nanmax(jnp.abs(pool.astype(jnp.float32))) / form.largest)
+        own = jnp.zeros(pool.shape[:-1])
+        empty = ops.QuantizedPages(values, own if scales == "per_token_head" else given)
+        tokens = jnp.moveaxis(pool, 2, 1).reshape(P * S, -1, D)
+        pages, _ = ops.write_pages(empty, None, tokens, None, jnp.arange(P * S), implementation="xla")
+        return pages
+
+    @jax.jit
+    def numbers(pool):
+        values = pool.values
+        if form.per_element > 1:
+            both = values.astype(jnp.int8)
+            values = jnp.concatenate([(both << 4) >> 4, both >> 4], axis=-1)
+        return (values.astype(jnp.float32) * pool.scales[..., None]).astype(jnp.float32)
+
+    pools = quantize(batch.k_pages), quantize(batch.v_pages)
+    return tuple(
+        dataclasses.replace(batch, k_pages=k, v_pages=v) for k, v in (pools, tuple(map(numbers, pools)))
+    )
+
+
+def run_quantized(limits: Limits, report: Report, seed: int) -> None:
+    forms = [(name, "per_token_head") for name in ("fp8_e4m3", "int8", "int4")] + [("fp8_e4m3", "per_tensor")]
+    for name in ("16 x 4k", "64 x 4k", "64 ragged 2k-8k", "64k + 127 x 512"):
+        with report.guarded("quantized", name):
+            batch = make_batch(seed, attention_cases("decode", limits.quick)[name], 16)
+
+            def measure(title, batch, expected):
+                contestants = [Contestant("mosaic_gpu", functools.partial(paged, batch, "mosaic_gpu"))]
+                if limits.quick:
+                    contestants.append(Contestant("xla", functools.partial(paged, batch, "xla")))
+                work = batch.read_bytes
+                options: dict[str, Any] = dict(work=work, limit_us=limits.read_us(work))
+                return compare(report, "quantized", title, contestants, wrong=close_to(expected), **options)
+
+            plain = measure(f"{name}, bfloat16", batch, reference(batch))
+            for form, scales in forms:
+                stored, numbers = quantized(batch, form, scales)
+                timed = measure(f"{name}, {form}, {scales}", stored, reference(numbers))
+                allowed = limits.read_us(batch.read_bytes) / limits.read_us(stored.read_bytes)
+                for ours, result in timed.items():
+                    if result.us and plain[ours].us:
+                        gain = plain[ours].us / result.us
+                        result.note = f"gain {gain:.2f}, {gain / allowed:.2f} of the {allowed:.2f} allowed"
+                        print(f"    {ours}: {result.note}", flush=True)
+                        report.save()
 
 
 def run_prefill(limits: Limits, report: Report, seed: int) -> None:
@@ -531,7 +592,7 @@ def main(arguments: list[str] | None = None) -> Report:
     seed = secrets.randbelow(2**31)  # fresh inputs in every run
     report = Report(timing.header("bench_kernels", seed=seed), args.repeats, args.json)
     limits = Limits(report, args.quick)
-    runs = run_limits, run_plan, run_decode, run_prefill, run_append, run_move
+    runs = run_limits, run_plan, run_decode, run_quantized, run_prefill, run_append, run_move
     for section, run in zip(SECTIONS, runs, strict=True):
         if section in args.only:
             with report.guarded(section, "all that is left"):

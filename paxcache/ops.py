@@ -52,8 +52,6 @@ def _mosaic(module: str, function: str, *args: Any, **options: Any) -> Callable[
     """A call of a Hopper kernel; its module is imported only where such a GPU is."""
 
     def run():
-        if any(isinstance(arg, QuantizedPages) for arg in args):
-            raise NotImplementedError("mosaic_gpu does not read or write quantised pages yet")
         _require_hopper()
         return getattr(importlib.import_module(f"paxcache.kernels.{module}"), function)(*args, **options)
 
@@ -189,7 +187,7 @@ def plan(
       num_kv_heads: KV heads, K (local ones under shard_map).
       head_dim: head dim, D.
       page_size: slots in a page, S.
-      dtype: of queries and pages.
+      dtype: of the pages, or of the stored values of quantised ones.
       query_starts: i32[B] index of a row's first query; None: rows are packed.
       query_lens: i32[B] new tokens of each row; None: one a row.
       num_tokens: query tokens of the step, T; needed with query_lens.

@@ -16,7 +16,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 import aot
 from paxcache.kernels import _mosaic, decode_sm90
-from rows import LAYERS, Case, assert_right, make_inputs
+from rows import Case, assert_right, make_inputs, pool_shape
 
 CASES = {
     "one row": Case(lens=(300,), head_dim=128, kv_heads=1),
@@ -47,13 +47,30 @@ CASES = {
     ),
     "lanes that take turns": Case(lens=(200, 90), kv_heads=4, lanes=2),
     "more heads than registers": Case(lens=(70, 3), head_dim=128, kv_heads=1, group=64, sinks=True),
+    "fp8_e4m3": Case(lens=(300, 0, 70), head_dim=128, kv_heads=1, quantization="fp8_e4m3"),
+    "fp8_e5m2, window, holes, sinks, soft cap": Case(
+        lens=(300, 190, 5), window=40, holes=((0, 2), (0, 17), (1, 11)), sinks=True, soft_cap=2.0, page_size=8,
+        quantization="fp8_e5m2",
+    ),
+    "int8, several queries, pages of 48": Case(
+        lens=(150, 90), query_lens=(3, 2), max_query_len=4, group=3, page_size=48, quantization="int8",
+        dtype=jnp.float16,
+    ),
+    "int4, fixed pieces": Case(lens=(200, 300), head_dim=128, kv_heads=1, piece_len=64, quantization="int4"),
+    "int4, scales of layers": Case(lens=(100, 64), head_dim=128, quantization="int4", layer_scales=True),
+    "int8, head dim 96, scales of layers": Case(
+        lens=(150, 70), head_dim=96, group=7, page_size=128, quantization="int8", layer_scales=True
+    ),
+    "fp8_e4m3, head dim 256, float16": Case(
+        lens=(70,), head_dim=256, kv_heads=1, dtype=jnp.float16, quantization="fp8_e4m3"
+    ),
 }
 
 
 def make_config(case: Case, ranges: int | None = None) -> decode_sm90.Config:
     """The configuration for an H200, or one of a few ranges that the interpreter gets through."""
     made = decode_sm90.default_config(
-        **shapes(case), dtype=case.dtype, limits=_mosaic.DeviceLimits(), piece_len=case.piece_len
+        **shapes(case), dtype=case.kv_dtype, limits=_mosaic.DeviceLimits(), piece_len=case.piece_len
     )
     if case.block_tokens is not None:
         blocks = -(-case.max_query_len // case.block_tokens)
@@ -242,6 +259,11 @@ FEATURES = [
     Case(lens=(), kv_heads=1, head_dim=128, group=16, page_size=128, soft_cap=30.0, sinks=True, window=100),
     Case(lens=(), kv_heads=8, head_dim=128, page_size=32, max_query_len=8, piece_len=512, window=100),
     Case(lens=(), kv_heads=3, head_dim=64, group=1, page_size=48, max_query_len=8, causal=False),
+    Case(lens=(), kv_heads=8, head_dim=128, quantization="fp8_e4m3"),
+    Case(lens=(), kv_heads=8, head_dim=128, group=8, quantization="int8", max_query_len=2, soft_cap=30.0),
+    Case(lens=(), kv_heads=8, head_dim=128, quantization="int4", window=100, sinks=True, page_size=64),
+    Case(lens=(), kv_heads=4, head_dim=256, quantization="fp8_e5m2", layer_scales=True, dtype=jnp.float16),
+    Case(lens=(), kv_heads=4, head_dim=96, quantization="int8", layer_scales=True, page_size=8),
 ]
 
 
@@ -269,7 +291,7 @@ def compile_case(case: Case, return_lse: bool = True) -> aot.Compiled:
     row = jax.ShapeDtypeStruct((B,), i32)
     H = case.kv_heads * case.group
     q = jax.ShapeDtypeStruct((B * case.max_query_len, H, case.head_dim), case.dtype)
-    pool = jax.ShapeDtypeStruct((LAYERS, P, case.kv_heads, case.page_size, case.head_dim), case.dtype)
+    pool = pool_shape(case, P)
     tables, scalar = jax.ShapeDtypeStruct((B, M), i32), jax.ShapeDtypeStruct((), i32)
 
     def f(q, k, v, layer, tables, lens, starts, query_lens, scale, window, sinks):
@@ -289,8 +311,8 @@ def assert_fits(case: Case, compiled: aot.Compiled) -> None:
     assert kernel.spill_bytes == 0
     programs_per_sm = -(-make_config(case).num_programs // 132)
     assert kernel.registers * 256 * programs_per_sm <= 65536, kernel
-    P, K, S, D = 1000, case.kv_heads, case.page_size, case.head_dim
-    assert not re.search(rf"= \S*\[{LAYERS},{P},{K},{S},{D}\]\S* copy\(", compiled.hlo)
+    sizes = ",".join(map(str, jax.tree.leaves(pool_shape(case, 1000))[0].shape))
+    assert not re.search(rf"= \S*\[{sizes}\]\S* copy\(", compiled.hlo)
 
 
 needs_compiler = pytest.mark.skipif(not aot.available(), reason="JAX's CUDA plug-in is not installed")

@@ -1,4 +1,4 @@
-"""What the Hopper attention kernels share. Imports `_mosaic` and JAX."""
+"""What the Hopper attention kernels share. Imports `_quantize`, `_mosaic` and JAX."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
+from paxcache import _quantize
 from paxcache.kernels._mosaic import DeviceLimits, device_limits
 
 LOG2E = math.log2(math.e)  # exp(x) is exp2(LOG2E * x), which the hardware has
+_HALF = (jnp.bfloat16, jnp.float16)
 
 
 def check_supported(
@@ -28,7 +31,7 @@ def check_supported(
       kernel: its name.
       head_dim, v_head_dim: D of the keys and of the values.
       page_size: S.
-      q_dtype, kv_dtype: of the queries and of the pages.
+      q_dtype, kv_dtype: of the queries and of the pages; that of the stored values where these are quantised.
       limits: the device's.
     """
     limits = device_limits() if limits is None else limits
@@ -40,16 +43,51 @@ def check_supported(
     if limits.compute_capability[0] != 9:
         major, minor = limits.compute_capability
         refuse(f"needs a Hopper GPU (compute capability 9.0), this one has {major}.{minor}")
-    if kv_dtype not in (jnp.bfloat16, jnp.float16):
-        refuse(f"pages must be bfloat16 or float16, got {kv_dtype}")
-    if q_dtype != kv_dtype:
+    form = _quantize.BY_DTYPE.get(kv_dtype)
+    if form is None and kv_dtype not in _HALF:
+        refuse(f"pages must be bfloat16, float16 or quantised, got {kv_dtype}")
+    if form is None and q_dtype != kv_dtype:
         refuse(f"queries and pages must share a dtype, got {q_dtype} and {kv_dtype}")
+    if form is not None and q_dtype not in _HALF:
+        refuse(f"queries of quantised pages must be bfloat16 or float16, got {q_dtype}")
     if head_dim != v_head_dim:
         refuse(f"keys and values must be of one width, got {head_dim} and {v_head_dim}")
     if head_dim not in (64, 96, 128, 192, 256):
         refuse(f"head_dim must be 64, 96, 128, 192 or 256, got {head_dim}")
+    if form is not None and form.per_element > 1 and head_dim % 128:
+        refuse(f"head_dim must be a multiple of 128 for pages of two values a byte, got {head_dim}")
     if page_size % 8:
         refuse(f"page_size must be a multiple of 8, got {page_size}")
+
+
+def operand_dtype(kv_dtype: Any) -> Any:
+    """What the matrix unit gets of pages of a dtype. Quantised values are exact in it, before their scales.
+
+    The hardware converts fp8 to float16 alone, and Mosaic has a fast way from int8 to bfloat16 alone.
+    """
+    form = _quantize.BY_DTYPE.get(jnp.dtype(kv_dtype))
+    if form is None:
+        return jnp.dtype(kv_dtype)
+    return jnp.dtype(jnp.float16 if jnp.issubdtype(form.dtype, jnp.floating) else jnp.bfloat16)
+
+
+def unpack(stored: Any, dtype: Any) -> list[Any]:
+    """Quantised values in registers as numbers of `operand_dtype`, without their scales; several in order of columns.
+
+    Args:
+      stored: as loaded from pages; a byte of two 4-bit integers has column d in its low bits, d + D/2 in its high ones.
+      dtype: of the result.
+    """
+    if _quantize.BY_DTYPE[jnp.dtype(stored.dtype)].per_element == 1:
+        return [stored.astype(dtype)]
+
+    def bits(mask):
+        return lax.bitwise_and(stored, jnp.full_like(stored, mask))
+
+    # There is no fast way from 4 bits at these layouts. Low bits: the sign bit flipped, a number is 8 too large.
+    low = lax.bitwise_xor(bits(0x0F), jnp.full_like(stored, 0x08)).astype(jnp.int8).astype(dtype)
+    high = bits(0xF0).astype(jnp.int8).astype(dtype)  # 16 times too large
+    return [low - jnp.full_like(low, 8), high * jnp.full_like(high, 1 / 16)]
 
 
 def soft_cap(x: Any, cap: float) -> Any:

@@ -7,18 +7,23 @@ here and nowhere else, so that a new JAX release is met in one file.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
 from jax.core import ShapedArray
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.extend.core import Primitive
 from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import memref
+from jax.extend.mlir.dialects import arith, memref, vector
 from jax.interpreters import batching, mlir
+from jaxlib.mlir.dialects import llvm, nvvm
 
 from paxcache._checks import default_device
 
@@ -27,12 +32,18 @@ __all__ = [
     "DeviceLimits",
     "arrive",
     "device_limits",
+    "gather",
     "in_place",
     "interpreter",
+    "issue_loads",
+    "load_transposed",
     "matrix_tiles",
     "off_mesh",
     "pl",
     "plgpu",
+    "row_layout",
+    "scatter",
+    "store_untransposed",
     "varying_like",
 ]
 
@@ -41,6 +52,8 @@ COPY_DTYPES = frozenset(
     | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32)}
 )
 """What the copy engine moves and Mosaic has a type for."""
+THREADS = 128  # of a warpgroup
+MIN_ROW_LANES = 4  # that share a row: less than a sector of 32 bytes for each would cost bandwidth
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +96,123 @@ def matrix_tiles(row_bytes: int, dtype: Any) -> tuple[Any, Any]:
     raise NotImplementedError(f"rows of {row_bytes} bytes: the matrix unit needs a multiple of 32")
 
 
+def load_transposed(ref: Any, dtype: Any, *, interpreted: bool) -> Any:
+    """A tile of bytes [tokens, row] as numbers [columns, tokens] in registers, in the layout of the matrix unit.
+
+    A row has a column a byte. Where it has two (uint8), the results are int8 and 16 times too large: all low halves
+    come first, then all high ones, each with its sign.
+
+    Columns are padded to 64 with numbers that mean nothing, and *permuted*: of each 16 the even ones stand first, then
+    the odd ones. The hardware transposes pairs of bytes; taken apart, a pair gives two rows that lie 8 apart.
+    `store_untransposed` undoes it for what is computed row by row. The interpreter permutes nothing.
+
+    Args:
+      ref: in shared memory, with the transforms of `matrix_tiles`.
+      dtype: of the bytes.
+      interpreted: whether the interpreter runs the kernel.
+    """
+    tokens, row_bytes = ref.shape
+    halves = 2 if dtype == jnp.uint8 else 1
+    columns = halves * (-(-row_bytes // 64) * 64)
+    if interpreted:
+        stored = ref[...].T
+        if halves > 1:
+            stored = jnp.concatenate([stored << 4, stored & 0xF0]).astype(jnp.int8)
+        return jnp.pad(stored, ((0, columns - stored.shape[0]), (0, 0)))
+    result_dtype = jnp.dtype(jnp.int8 if halves > 1 else dtype)
+    layout = fragmented_array.WGMMA_LAYOUT
+    swizzle = next(x for x in (128, 64, 32) if row_bytes % x == 0)
+
+    def load(_, ref):
+        i8, i16, i32 = (ir.IntegerType.get_signless(n) for n in (8, 16, 32))
+
+        def c(x):
+            return arith.constant(i32, x)
+
+        thread = arith.remui(mgpu_utils.thread_idx(), c(THREADS))
+        warp, lane = arith.divui(thread, c(32)), arith.remui(thread, c(32))
+        base = mgpu_utils.memref_ptr(ref)
+        element = ir.VectorType.get((2,), mgpu_utils.dtype_to_ir_type(result_dtype))
+        registers = np.empty(layout.registers_shape((columns, tokens)), dtype=object)
+        for block in range(columns // halves // 64):
+            byte = arith.addi(c(64 * block), arith.muli(warp, c(16)))  # first of the warp's 16 columns
+            byte = arith.minui(byte, c(row_bytes - 16))  # past the end: any
+            for first in range(0, tokens, 32):
+                # Each lane has the address of a token's 16 bytes: rows of 8, as wide as the swizzle, side by side.
+                token = arith.addi(c(first), lane)
+                tile = arith.addi(
+                    arith.muli(arith.divui(token, c(8)), c(row_bytes // swizzle)), arith.divui(byte, c(swizzle))
+                )
+                row = arith.addi(arith.muli(tile, c(8)), arith.remui(token, c(8)))
+                address = arith.addi(arith.muli(row, c(swizzle)), arith.remui(byte, c(swizzle)))
+                chunk = arith.andi(arith.shrui(address, c(7)), c(swizzle // 16 - 1))
+                address = arith.xori(address, arith.shli(chunk, c(4)))
+                loaded = nvvm.ldmatrix(
+                    mgpu_utils.getelementptr(base, [address], i8),
+                    layout=nvvm.MMALayout.col,
+                    num=4,
+                    shape=ir.Attribute.parse("#nvvm.ld_st_matrix_shape<m=8, n=8>"),
+                    elt_type=nvvm.LdStMatrixEltType.B16,
+                )
+                for i in range(4):
+                    pairs = llvm.extractvalue(i32, loaded, [i])
+                    for half in range(halves):
+                        if halves > 1:
+                            moved = arith.shli(pairs, c(4)) if half == 0 else pairs
+                            bits = arith.andi(moved, c(0xF0F0F0F0 - (1 << 32)))
+                        else:
+                            bits = pairs
+                        for odd in range(2):
+                            two = mgpu_utils.prmt(bits, bits, c(0x3120 >> (8 * odd) & 0xFF))
+                            at = block + half * (columns // halves // 64), first // 8 + i, 0, 0, odd
+                            value = mgpu_utils.bitcast(arith.trunci(i16, two), element)
+                            registers[(*at, *[0] * (registers.ndim - 5))] = value
+        signed = mgpu_utils.is_signed(result_dtype)
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
+
+    shape: Any = plgpu.ShapeDtypeStruct((columns, tokens), result_dtype, layout=plgpu.Layout.WGMMA)
+    inlined: Any = plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(matrix_tiles(row_bytes, jnp.dtype(dtype))),), return_type=shape
+    )
+    return inlined(load)(ref)
+
+
+def store_untransposed(values: Any, ref: Any) -> None:
+    """Puts [columns, n] in the order of `load_transposed` into a plain buffer [n, columns] in the right one.
+
+    Args:
+      values: halves, in the layout of the matrix unit.
+      ref: in shared memory, without transforms. All threads have read what it held.
+    """
+
+    def store(_, values, ref):
+        i32 = ir.IntegerType.get_signless(32)
+        pair = ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
+
+        def c(x):
+            return arith.constant(i32, x)
+
+        def index(x):
+            return arith.index_cast(ir.IndexType.get(), x)
+
+        thread = arith.remui(mgpu_utils.thread_idx(), c(THREADS))
+        warp, lane = arith.divui(thread, c(32)), arith.remui(thread, c(32))
+        first_row = arith.muli(arith.remui(lane, c(4)), c(2))
+        first_column = arith.addi(
+            arith.muli(warp, c(16)), arith.muli(arith.divui(lane, c(4)), c(2))
+        )
+        registers = values.registers.reshape(*values.registers.shape[:2], 2)
+        for block, eight in np.ndindex(registers.shape[:2]):
+            even, odd = (mgpu_utils.bitcast(x, i32) for x in registers[block, eight])
+            column = index(arith.addi(c(64 * block), first_column))
+            for j, order in enumerate((0x5410, 0x7632)):
+                two = mgpu_utils.bitcast(mgpu_utils.prmt(even, odd, c(order)), pair)
+                vector.store(two, ref, [index(arith.addi(c(8 * eight + j), first_row)), column])
+
+    inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))(store)
+    inlined(values, ref)
+
+
 def arrive(counter: Any, limit_and_result: Any) -> None:
     """Counts one arrival of the calling warpgroup at `counter`, across thread blocks.
 
@@ -110,6 +240,135 @@ def arrive(counter: Any, limit_and_result: Any) -> None:
 
     inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))(increment)
     inlined(counter, limit_and_result)
+
+
+def row_layout(shape: tuple[int, int, int], vector_len: int) -> Any:
+    """How the threads of a warpgroup hold an array ``[N, M, W]`` of rows in registers.
+
+    Each thread has one row, or more where there are many. A row lies on neighbouring lanes of a warp, `vector_len`
+    elements in each, again and again up to its end. Rows go to lanes, then to warps, by powers of two: of M, then of N.
+    Where they are too few, several threads hold the same. ``.reduce(2)`` is the layout of a number a row,
+    ``.reduce((1, 2))`` that of a number for each of N.
+    """
+    N, M, W = shape
+    num_rows = math.gcd(M, THREADS) * math.gcd(N, THREADS)
+    lanes = min(math.gcd(W // vector_len, 32), max(THREADS // num_rows, MIN_ROW_LANES))
+    rows = 32 // lanes  # of a warp
+    m = math.gcd(M, 4 * rows)
+    n = math.gcd(N, 4 * rows // m)
+    m_in_warp = math.gcd(m, rows)
+    n_in_warp = math.gcd(n, rows // m_in_warp)
+    same_lanes = rows // (m_in_warp * n_in_warp)
+    same_warps = 4 * rows // (m * n * same_lanes)
+    columns = lanes * vector_len
+    layout: Any = plgpu.Layout.TILED(
+        plgpu.Tiling(((n, m, columns), (n_in_warp, m_in_warp, columns), (vector_len,))),
+        # Axes of the array so tiled, from -7 on: n and m over warps, 1, n and m in a warp, lanes, elements.
+        warp_dims=(plgpu.Replicated(same_warps), -7, -6),
+        lane_dims=(plgpu.Replicated(same_lanes), -4, -3, -2),
+        vector_dim=-1,
+        _check_canonical=False,
+    ).to_mgpu()
+    layout = layout.canonicalize()
+    warp_dims, lane_dims = (
+        tuple(d for d in dims if d != plgpu.Replicated(1)) for dims in (layout.warp_dims, layout.lane_dims)
+    )
+    return plgpu.Layout.TILED(layout.tiling, warp_dims, lane_dims, layout.vector_dim)
+
+
+def issue_loads(*, interpreted: bool) -> None:
+    """Makes the loads before it and the loads behind it be issued in this order, without a wait.
+
+    The compilers move loads: to where values are used, or, if two branches begin with the same one, out of both. Then
+    one latency comes after the other. The interpreter needs nothing of the kind.
+    """
+    if not interpreted:
+        inlined: Any = plgpu.inline_mgpu()(lambda _: mgpu_utils.warp_barrier())
+        inlined()
+
+
+def gather(ref: Any, index: Any, layout: Any, *, interpreted: bool) -> Any:
+    """The numbers ``ref[index]`` of an array in global memory, each thread its own.
+
+    Args:
+      ref: ``[R]``.
+      index: i32, any shape; in ``[0, R)``.
+      layout: that of `index`.
+      interpreted: whether the interpreter runs the kernel, which knows no inline code.
+
+    Returns:
+      The numbers, in the same layout.
+    """
+    if interpreted:
+        return jnp.stack([ref[index[at]] for at in np.ndindex(index.shape)]).reshape(index.shape)
+
+    def load(_, ref, index):
+        kind = ir.VectorType.get((1,), ir.MemRefType(ref.type).element_type)
+        registers = np.empty_like(index.registers)
+        for at in np.ndindex(registers.shape):
+            registers[at] = vector.load(kind, ref, [_as_index(_first(index.registers[at]))])
+        return type(index)(_registers=registers, _layout=index.layout, _is_signed=mgpu_utils.is_signed(dtype))
+
+    dtype = ref.dtype
+    result: Any = plgpu.ShapeDtypeStruct(index.shape, dtype, layout)
+    inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=result)(load)
+    return inlined(ref, index)
+
+
+def scatter(ref: Any, index: Any, values: Any, layout: Any, *, interpreted: bool) -> None:
+    """Stores ``ref[index] = values`` in global memory, each thread what it holds; a negative index drops its value.
+
+    Args:
+      ref: ``[R]``, or ``[R, W]`` for values that are rows.
+      index: i32, any shape; below R.
+      values: of the shape of `index`, or with W behind it.
+      layout: that of `values`; `index` has the same, without W.
+      interpreted: whether the interpreter runs the kernel, which knows no inline code.
+    """
+    if interpreted:
+        for at in np.ndindex(index.shape):
+
+            @pl.when(index[at] >= 0)
+            def _(at=at):
+                ref[index[at]] = values[at]
+
+        return
+
+    are_rows = index.ndim < values.ndim
+
+    def store(_, ref, index, values):
+        layout = values.layout
+        if are_rows:  # each of a thread's vectors lies in one row
+            index = index.broadcast_in_dim(values.shape, tuple(range(len(index.shape))), layout)
+        # How far along a row a step on each axis of the tiled array leads.
+        steps = layout.tiling.tile_strides((0,) * (len(values.shape) - 1) + (1,))
+        i32 = ir.IntegerType.get_signless(32)
+        own_steps = [mgpu_utils.c(step, i32) for step in steps[-layout.tiled_tiling_rank :]]
+        own = [mgpu_utils.dyn_dot(axis, own_steps) for axis in (layout.warp_indices(), layout.lane_indices())]
+        first_column = arith.addi(*own)
+        for at in np.ndindex(values.registers.shape):
+            row = _first(index.registers[at])
+            place = [row]
+            if are_rows:
+                further = sum(i * step for i, step in zip(at, steps, strict=True))
+                place.append(arith.addi(first_column, mgpu_utils.c(further, i32)))
+            with mgpu_utils.when(arith.cmpi(arith.CmpIPredicate.sge, row, mgpu_utils.c(0, i32))):
+                place = [_as_index(i) for i in place]
+                vector.store(values.registers[at], ref, place, alignment=layout.vector_length * itemsize)
+
+    itemsize = values.dtype.itemsize
+    index_layout = layout.reduce(values.ndim - 1) if are_rows else layout
+    inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), index_layout, layout))(store)
+    inlined(ref, index, values)
+
+
+def _first(register: Any) -> Any:
+    """The first number of a register."""
+    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
+
+
+def _as_index(number: Any) -> Any:
+    return arith.index_cast(ir.IndexType.get(), number)
 
 
 _invarying_p = Primitive("invarying")

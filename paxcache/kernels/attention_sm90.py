@@ -1,4 +1,5 @@
-"""Paged attention on Hopper (sm_90a): which rows go to which kernel. Imports `decode_sm90` and `prefill_sm90`.
+"""Paged attention on Hopper (sm_90a): which rows go to which kernel. Imports `_quantize`, `decode_sm90` and
+`prefill_sm90`.
 
 Where no row can have more than FEW_QUERIES query tokens, as in decoding, also with speculation, all go to the decode
 kernel. In every other step, also in a packed one of any size, rows with a single one do, and those with more to the
@@ -14,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from paxcache.kernels import decode_sm90, prefill_sm90
-from paxcache.kernels._attention import check_supported
+from paxcache._quantize import QuantizedPages
+from paxcache.kernels._attention import check_supported, operand_dtype
 from paxcache.kernels._mosaic import DeviceLimits
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ class _Shapes:
     head_dim: int
     page_size: int
     max_query_len: int
-    dtype: Any
+    dtype: Any  # of the pages' values
     windowed: bool
     limits: DeviceLimits | None = None
 
@@ -117,7 +119,7 @@ def make_plan(
       num_tokens: query tokens, T.
       num_heads, num_kv_heads, head_dim, page_size: H, K, D, S.
       max_query_len: most query tokens of a row.
-      dtype: of pages and queries.
+      dtype: of the pages' values.
       sliding_window: tokens a query sees, itself included.
       causal: whether a query does not see later tokens.
       limits: the device's.
@@ -130,7 +132,7 @@ def make_plan(
         head_dim=head_dim,
         v_head_dim=head_dim,
         page_size=page_size,
-        q_dtype=dtype,
+        q_dtype=operand_dtype(dtype),
         kv_dtype=dtype,
         limits=limits,
     )
@@ -168,8 +170,8 @@ def make_plan(
 
 def paged_attention(
     q: Float[Array, "T H D"],
-    k_pages: Float[Array, "L P K S D"],
-    v_pages: Float[Array, "L P K S D"] | None,
+    k_pages: Float[Array, "L P K S D"] | QuantizedPages,
+    v_pages: Float[Array, "L P K S D"] | QuantizedPages | None,
     block_tables: Int32[Array, "B M"],
     seq_lens: Int32[Array, "B"],
     query_starts: Int32[Array, "B"],
@@ -194,7 +196,9 @@ def paged_attention(
     Raises:
       NotImplementedError: the kernels cannot do this.
     """
-    (T, H, D), (_, _, K, S, _) = q.shape, k_pages.shape
+    (T, H, D), (_, _, K, S, _), q_dtype = q.shape, k_pages.shape, q.dtype
+    if isinstance(k_pages, QuantizedPages) and q_dtype == jnp.float32:
+        q = q.astype(operand_dtype(k_pages.dtype))
     check_supported(
         "attention_sm90",
         head_dim=D,
@@ -214,7 +218,7 @@ def paged_attention(
         head_dim=D,
         page_size=S,
         max_query_len=max_query_len,
-        dtype=jnp.dtype(q.dtype),
+        dtype=jnp.dtype(k_pages.dtype),
         windowed=sliding_window is not None,
         limits=limits,
     )
@@ -232,7 +236,7 @@ def paged_attention(
             head_dim=D,
             page_size=S,
             max_query_len=max_query_len,
-            dtype=q.dtype,
+            dtype=k_pages.dtype,
             sliding_window=sliding_window,
             causal=causal,
             limits=limits,
@@ -266,7 +270,7 @@ def paged_attention(
         out, lse = prefill_sm90.prefill(out, q, *pools, lse=lse, plan=prefill_plan, **options)
     if padding:
         out, lse = out[:T], None if lse is None else lse[:T]
-    return out, lse
+    return out.astype(q_dtype), lse
 
 
 def _fitting(plans: Any, shape: Any) -> Any:

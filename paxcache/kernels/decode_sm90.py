@@ -1,5 +1,5 @@
-"""Paged attention for rows with few query tokens, on Hopper (sm_90a). Imports `_mosaic` and
-`_attention`; knows arrays.
+"""Paged attention for rows with few query tokens, on Hopper (sm_90a). Imports `_quantize`,
+`_mosaic` and `_attention`; knows arrays.
 
 Decode reads every visible key and value once and computes little: what counts is that every SM streams pages from
 the first microsecond to the last, whatever the mix of lengths. Four ideas:
@@ -18,6 +18,11 @@ the first microsecond to the last, whatever the mix of lengths. Four ideas:
 - Programs are persistent, two an SM. One warp streams keys, one values, one queries; each walks across the borders
   of pieces, so that the pipeline never drains.
 
+Quantised pages are streamed as they are stored, and become half precision in registers, exactly: shared memory, which
+the matrix unit reads too, would be the bottleneck. A score is then multiplied by its key's scale. A value's scale joins its weight's exponent,
+``exp(score) * scale = exp2(score * log2(e) + log2(scale))``, so that the largest weight of a column is 1 whatever the
+scales are: float16 has no room for others. The denominator takes it off again.
+
 Reference: flash decoding (Dao et al., 2023) for the split; FlashInfer (Ye et al., 2025) for balanced work lists.
 """
 
@@ -33,15 +38,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import sequential_vmap
 
-from paxcache.kernels._attention import LOG2E, check_supported, soft_cap
+from paxcache import _quantize
+from paxcache._quantize import QuantizedPages
+from paxcache.kernels._attention import LOG2E, check_supported, operand_dtype, soft_cap, unpack
 from paxcache.kernels._mosaic import (
     DeviceLimits,
     arrive,
     device_limits,
+    load_transposed,
     matrix_tiles,
     off_mesh,
     pl,
     plgpu,
+    store_untransposed,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +63,7 @@ COUNTER_SETS = 8
 MAX_PIECES = 32  # of a pair where their length is fixed: longer rows get longer pieces
 MAX_ACCUMULATOR = 32 * 128  # columns times head dim that fit a warpgroup's registers beside the scores
 SHARED_ACCUMULATOR = 16 * 128  # and those that let two programs share an SM,
-SHARED_COLUMNS = 16  # with at most so many columns, half of them where the head dim is padded
+SHARED_COLUMNS = 16  # with at most so many columns, half of them where the head dim is padded or pages quantised
 MAX_LANES = 8
 STREAM_BYTES_SHARED = 128 * 1024  # of keys and values in flight in an SM, with two programs
 STREAM_BYTES_ALONE = 96 * 1024  # and with one; more of either and the memory answers more slowly
@@ -77,6 +86,7 @@ NOTES = 2
 MATRIX = plgpu.Layout.WGMMA
 MATRIX_T = plgpu.Layout.WGMMA_TRANSPOSED
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
+ROW_OF_MATRIX = plgpu.Layout.WGMMA.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,13 +123,30 @@ class _Case:
     page_size: int
     max_query_len: int
     max_pages: int
-    dtype: Any
+    dtype: Any  # of the pages' values
+    q_dtype: Any  # and of the output
+    token_scales: bool  # quantised pages: whether each token has scales, or each layer
     causal: bool
     windowed: bool
     soft_cap: float | None
     has_sinks: bool
     return_lse: bool
     config: Config
+    interpreted: bool
+
+    @property
+    def quantized(self) -> bool:
+        return self.dtype in _quantize.BY_DTYPE
+
+    @property
+    def may_be_nan(self) -> bool:
+        """Whether what lies in slots past a row's end can be NaN or infinite."""
+        return jnp.issubdtype(self.dtype, jnp.floating)
+
+    @property
+    def operand(self) -> Any:
+        """What the matrix unit multiplies."""
+        return operand_dtype(self.dtype)
 
     @property
     def blocks(self) -> int:
@@ -157,7 +184,7 @@ class _Case:
 
     @property
     def copy_len(self) -> int:
-        return _copy_len(self.page_size, self.head_dim)
+        return _copy_len(self.page_size, self.head_dim, self.dtype)
 
     @property
     def max_pieces(self) -> int:
@@ -214,7 +241,7 @@ def default_config(
     piece_len: int | None = None,
 ) -> Config:
     """Two programs an SM where shared memory and registers allow it, with enough but not too much in flight."""
-    limits = device_limits() if limits is None else limits
+    limits, dtype = device_limits() if limits is None else limits, jnp.dtype(dtype)
     group = _largest_group(num_heads // num_kv_heads, head_dim)
     padded_dim = _padded_dim(head_dim)
     block_tokens = max(1, min(max_query_len, MAX_ACCUMULATOR // padded_dim // group))
@@ -227,14 +254,17 @@ def default_config(
         num_stages=1,
         dtype=dtype,
     )
-    stage = TILE * (head_dim + padded_dim) * jnp.dtype(dtype).itemsize
+    stage = _stage_bytes(head_dim, dtype)
     rest = _smem_bytes(one_stage) - stage
     half = limits.smem_bytes_per_sm // 2 - 1024  # the system keeps 1 KB of each block's
     accumulator = columns * padded_dim
-    shared_columns = SHARED_COLUMNS if padded_dim == head_dim else SHARED_COLUMNS // 2
+    plain = padded_dim == head_dim and dtype not in _quantize.BY_DTYPE
+    shared_columns = SHARED_COLUMNS if plain else SHARED_COLUMNS // 2
+    if dtype in _quantize.BY_DTYPE and padded_dim > 128:
+        shared_columns = 0
     share = columns <= shared_columns and accumulator <= SHARED_ACCUMULATOR and rest + 2 * stage <= half
     programs, room = (2 * limits.num_sms, half) if share else (limits.num_sms, limits.smem_bytes_per_block)
-    wanted = max(2, (STREAM_BYTES_SHARED // 2 if share else STREAM_BYTES_ALONE) // stage)
+    wanted = max(2, round((STREAM_BYTES_SHARED // 2 if share else STREAM_BYTES_ALONE) / stage))
     pairs = num_heads // group * -(-max_query_len // block_tokens)
 
     def divides(lanes):
@@ -245,6 +275,8 @@ def default_config(
     join_chunk = max(1, MAX_ACCUMULATOR // accumulator)
     if share and (columns > 8 or join_chunk < 4):
         join_chunk = 1
+    if dtype in _quantize.BY_DTYPE:
+        join_chunk = min(2, join_chunk)
     return Config(
         num_programs=programs // lanes * lanes,
         min_programs=limits.num_sms // lanes * lanes,
@@ -256,32 +288,55 @@ def default_config(
     )
 
 
-def _copy_len(page_size: int, head_dim: int) -> int:
-    """Tokens of one copy: what divides pages and tiles, or 8, contiguous when tiled, where the head dim is padded."""
-    return math.gcd(page_size, TILE) if _padded_dim(head_dim) == head_dim else 8
+def _copy_len(page_size: int, head_dim: int, dtype: Any) -> int:
+    """Tokens of one copy: what divides pages and tiles, or 8, contiguous when tiled, where copied values are padded."""
+    padded = _padded_dim(head_dim) > head_dim and dtype not in _quantize.BY_DTYPE
+    return 8 if padded else math.gcd(page_size, TILE)
+
+
+def _stage_bytes(head_dim: int, dtype: Any) -> int:
+    """Shared memory of a stage: a tile of keys and one of values, with their scales."""
+    form = _quantize.BY_DTYPE.get(dtype)
+    if form is None:
+        return TILE * (head_dim + _padded_dim(head_dim)) * dtype.itemsize
+    return 2 * TILE * (head_dim // form.per_element + 4)
 
 
 def _scratch(
-    *, columns: int, head_dim: int, page_size: int, block_tokens: int, num_stages: int, dtype: Any
+    *,
+    columns: int,
+    head_dim: int,
+    page_size: int,
+    block_tokens: int,
+    num_stages: int,
+    dtype: Any,
+    q_dtype: Any = jnp.bfloat16,
+    token_scales: bool = False,
 ) -> dict[str, Any]:
     """The shared memory of a program."""
     N, D, DP, stages = columns, head_dim, _padded_dim(head_dim), num_stages
-    copies = TILE // _copy_len(page_size, head_dim)
-    tiles = matrix_tiles(D * jnp.dtype(dtype).itemsize, jnp.dtype(dtype))  # one swizzle for all operands
+    copies = TILE // _copy_len(page_size, head_dim, dtype)
+    form, operand = _quantize.BY_DTYPE.get(dtype), operand_dtype(dtype)
+    width = D if form is None else D // form.per_element
+    tiles = matrix_tiles(width * operand.itemsize, operand)  # one swizzle for all operands
 
-    def operand(*shape: int) -> Any:
-        return plgpu.SMEM(shape, dtype, transforms=tiles)
+    def matrix(*shape: int) -> Any:
+        return plgpu.SMEM(shape, operand, transforms=tiles)
 
-    return {
-        "q_raw": plgpu.SMEM((N, DP), dtype),
-        "q_s": operand(N, DP),
-        "k_s": operand(stages, TILE, D),
-        "v_s": operand(stages, TILE, DP),
-        "p_s": operand(N, TILE),
-        "o_s": plgpu.SMEM((N, DP), dtype),
+    if form is None:
+        streamed = {"k_s": matrix(stages, TILE, D), "v_s": matrix(stages, TILE, DP)}
+    else:
+        raw = plgpu.SMEM((stages, TILE, width), dtype, transforms=matrix_tiles(width * dtype.itemsize, dtype))
+        scales = plgpu.SMEM((stages, TILE), jnp.float32)
+        streamed = {"k_s": raw, "v_s": raw, "k_scales": scales, "v_scales": scales}
+    return streamed | {
+        "q_raw": plgpu.SMEM((N, DP), q_dtype),
+        "q_s": matrix(N, DP),
+        "p_s": matrix(N, TILE),
+        "o_s": plgpu.SMEM((N, DP), q_dtype),
         "notes": plgpu.SMEM((NOTES + stages,), jnp.int32),
         "q_full": plgpu.Barrier(num_arrivals=block_tokens),
-        "k_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        "k_full": plgpu.Barrier(num_arrivals=copies * (3 if token_scales else 1), num_barriers=stages),
         "v_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "q_free": plgpu.Barrier(),
         "k_free": plgpu.Barrier(num_barriers=stages),
@@ -456,6 +511,11 @@ def _per_column(columns: Any, num_rows: int) -> Any:
     return lax.broadcast_in_dim(columns, (num_rows, columns.shape[0]), [1])
 
 
+def _per_row(rows: Any, num_columns: int) -> Any:
+    """One value a row, repeated for each column of a matrix."""
+    return lax.broadcast_in_dim(rows, (rows.shape[0], num_columns), [0])
+
+
 def _limits_of_columns(case: _Case, length: Any, num_queries: Any, first_query: Any, window: Any) -> Any:
     """The first token that each column sees, or None, and the one after the last; scalars where all see the same.
 
@@ -491,10 +551,13 @@ def _visible(tokens: Any, low: Any, high: Any, holes: Any, tile_start: Any, copy
     return seen if low is None else jnp.logical_and(seen, token >= limit(low))
 
 
-def _to_output_tile(values: Any, o_s: Any) -> None:
+def _to_output_tile(values: Any, o_s: Any, case: _Case) -> None:
     """Puts [head dim, columns] into `o_s` as [columns, head dim], ready for the copy engine."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # earlier copies have left o_s
-    o_s.T[...] = plgpu.layout_cast(values.astype(o_s.dtype), MATRIX_T)
+    if case.quantized and not case.interpreted:
+        store_untransposed(values.astype(o_s.dtype), o_s)
+    else:
+        o_s.T[...] = plgpu.layout_cast(values.astype(o_s.dtype), MATRIX_T)
     plgpu.commit_smem()  # all threads' values, before the copy engine reads them
 
 
@@ -517,7 +580,7 @@ def _zero_unowned(program: Any, row_line: Any, num_rows: int, out: Any, o_s: Any
         @pl.when(begin < end)
         def _():
             zeros = jnp.zeros((case.padded_dim, case.columns), jnp.float32)
-            _to_output_tile(plgpu.layout_cast(zeros, MATRIX), o_s)
+            _to_output_tile(plgpu.layout_cast(zeros, MATRIX), o_s, case)
 
             def copy(j, _):
                 token, head = begin + lax.div(j, case.head_groups), lax.rem(j, case.head_groups)
@@ -588,7 +651,7 @@ def _finish(case: _Case, acc: Any, m: Any, l: Any, where: Any, sinks: Any, outs:
         acc, l, m = acc * _per_column(weight, DP), l * weight + jnp.exp2(sink - m_all), m_all
     some = l > 0  # nothing was seen, as where all is hole: zeros
     inverse = jnp.where(some, 1.0 / l, jnp.zeros_like(l))
-    _to_output_tile(acc * _per_column(inverse, DP), o_s)
+    _to_output_tile(acc * _per_column(inverse, DP), o_s, case)
     start = start + first_query
     for j in range(block_tokens):
         # Past the row's last query token: columns whose results nobody asked for.
@@ -686,7 +749,7 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
 
             lax.fori_loop(jnp.maximum(count - depth, 0), count, wait, None)
 
-        def stream(pool, buffer, full, free, notes_holes):
+        def stream(pool, buffer, full, free, with_scales, notes_holes):
             def copy(i, place, first_token, pages):
                 """Starts the copies of tile number i."""
                 turn, tile = place[1], place[2]
@@ -706,14 +769,25 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                     head = lax.div(head, case.groups_per_kv_head)
                 for j, page in enumerate(pages):
                     source = pool.at[layer, jnp.maximum(page, 0), head]
+                    offset = 0
                     if copy_len < S:
                         block = lax.div(first_token, copy_len) + j
-                        source = source.at[pl.ds(lax.rem(block, S // copy_len) * copy_len, copy_len)]
+                        offset = lax.rem(block, S // copy_len) * copy_len
+                        source = source.at[pl.ds(offset, copy_len)]
                     target = buffer.at[slot, pl.ds(j * copy_len, copy_len)]
                     if buffer.shape[-1] > D:
                         target = target.at[:, pl.ds(0, D)]
                     # Every copy arrives at `full` with its last byte; the consumer waits for all of a tile's.
                     plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+                    if with_scales and case.token_scales:  # both, since the values' are needed before the values
+                        for name in ("k_scales", "v_scales"):
+                            source = refs[name].at[layer, jnp.maximum(page, 0), head]
+                            if copy_len < S:
+                                source = source.at[pl.ds(offset, copy_len)]
+                            target = scratch[name].at[slot, pl.ds(j * copy_len, copy_len)]
+                            # A plain bulk copy: boxes may not begin between multiples of 128 bytes.
+                            in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+                            plgpu.copy_gmem_to_smem(source, target, full.at[slot], oob_mode=in_bounds)
                 return move(place, tile + 1)
 
             def first_token_of(place):
@@ -766,8 +840,8 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 plgpu.barrier_wait(q_free)  # see the last completion
 
         def warp(index):
-            pl.when(index == 0)(lambda: stream(refs["k"], k_s, k_full, k_free, True))
-            pl.when(index == 1)(lambda: stream(refs["v"], v_s, v_full, v_free, False))
+            pl.when(index == 0)(lambda: stream(refs["k"], k_s, k_full, k_free, True, True))
+            pl.when(index == 1)(lambda: stream(refs["v"], v_s, v_full, v_free, False, False))
             pl.when(index == 2)(queries)
 
         plgpu.warp_map(warp)
@@ -787,21 +861,67 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
 
             return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, N), jnp.float32))
 
-        def weighted_values(slot):
+        def quantized_scores(slot):
+            keys = unpack(plgpu.load(k_s.at[slot], layout=MATRIX), case.operand)
+            width = D // len(keys)
+            parts = [(part, q_s.at[:, pl.ds(i * width, width)]) for i, part in enumerate(keys)]
+
             def product(acc):
-                plgpu.wgmma(acc, v_s.at[slot].T, p_s.T)
+                for part, q in parts:
+                    plgpu.wgmma(acc, part, q.T)
+                return acc[...]
+
+            if case.interpreted:  # which knows no products of registers
+                return sum(lax.dot(k.astype(jnp.float32), q[...].astype(jnp.float32).T) for k, q in parts)
+            return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, N), jnp.float32))
+
+        def quantized_values(slot):
+            """[head dim, tokens]."""
+            stored = load_transposed(v_s.at[slot], case.dtype, interpreted=case.interpreted)
+            values = stored.astype(case.operand)
+            plgpu.barrier_arrive(v_free.at[slot])  # they may be overwritten
+            if _quantize.BY_DTYPE[case.dtype].per_element > 1:
+                values = values * jnp.full_like(values, 1 / 16)
+            return values
+
+        def scales_of(slot):
+            """Of a tile of quantised pages the keys' scales, and the logarithms and reciprocals of the values'."""
+            if case.token_scales:
+                of_keys, of_values = (
+                    plgpu.load(scratch[x].at[slot], layout=ROW_OF_MATRIX, optimized=False)
+                    for x in ("k_scales", "v_scales")
+                )
+                # A scale of 0 has only zeros, and any scale is right. NaN is no token's of the row.
+                of_values = jnp.where(of_values > 0, of_values, jnp.ones_like(of_values))
+                inverse = _per_row(1.0 / of_values, N)
+                return _per_row(of_keys * scale, N), _per_row(jnp.log2(of_values), N), inverse
+            of_keys, of_values = (refs[x][layer, 0, 0, 0] for x in ("k_scales", "v_scales"))
+            of_values = jnp.where(of_values > 0, of_values, 1.0)
+            return of_keys * scale, jnp.log2(of_values), 1.0 / of_values
+
+        def weighted_values(values):
+            if case.quantized and case.interpreted:
+                return lax.dot(values.astype(jnp.float32), p_s[...].astype(jnp.float32).T)
+
+            def product(acc):
+                plgpu.wgmma(acc, values, p_s.T)
                 return acc[...]
 
             return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((DP, N), jnp.float32))
 
         def clean_values(slot, low, high, holes, tile_start):
             """Zeros for tokens that are not the row's: 0 * NaN would be NaN. A part at a time spares registers."""
-            width = 64 if D % 64 == 0 else 32
+            wide = 64 * 2 // case.dtype.itemsize
+            width = next(x for x in (wide, wide // 2, wide // 4) if D % x == 0)
             tokens = plgpu.broadcasted_iota(jnp.int32, (TILE, width), 0, layout=MATRIX)
             owned = _visible(tokens, low, high, holes, tile_start, copy_len)
             for d in range(0, D, width):
                 values = plgpu.load(v_s.at[slot, :, pl.ds(d, width)], layout=MATRIX)
-                v_s[slot, :, pl.ds(d, width)] = jnp.where(owned, values, jnp.zeros_like(values))
+                values = values.astype(case.operand)  # bytes know no select
+                values = jnp.where(owned, values, jnp.zeros_like(values)).astype(case.dtype)
+                v_s[slot, :, pl.ds(d, width)] = values
+            if case.quantized:
+                plgpu.commit_smem()  # all threads' zeros, before others load them
 
         def piece(_, carry):
             tiles_done, place = carry
@@ -816,19 +936,30 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             low_any = low - base if case.windowed else None
 
             plgpu.barrier_wait(q_full)  # this piece's queries are in q_raw
-            q_s.T[...] = plgpu.load(q_raw.T, layout=MATRIX_T, optimized=False)
+            queries = plgpu.load(q_raw.T, layout=MATRIX_T, optimized=False)
+            if case.operand == jnp.float16 != case.q_dtype:
+                most = float(jnp.finfo(jnp.float16).max)
+                queries = jnp.clip(queries.astype(jnp.float32), -most, most)
+            q_s.T[...] = queries.astype(case.operand)
             plgpu.commit_smem()  # all threads' queries, before the matrix unit reads them
             plgpu.barrier_arrive(q_free)  # q_raw may be overwritten
 
             def tile(t, carry):
                 acc, m, l = carry
                 slot = lax.rem(tiles_done + (t - begin), stages)
-                plgpu.barrier_wait(k_full.at[slot])  # this tile's keys, and the note about its holes
+                plgpu.barrier_wait(k_full.at[slot])  # this tile's keys and scales, and the note about its holes
                 holes = notes[NOTES + slot]
-                s = scores(slot) * scale
-                plgpu.barrier_arrive(k_free.at[slot])  # both may be overwritten
+                if case.quantized:
+                    s = quantized_scores(slot)
+                    of_keys, log_of_values, inverse_of_values = scales_of(slot)
+                    s = s * of_keys
+                else:
+                    s = scores(slot) * scale
+                plgpu.barrier_arrive(k_free.at[slot])  # all of them may be overwritten
                 if case.soft_cap is not None:
                     s = soft_cap(s, case.soft_cap)
+                if case.quantized:
+                    s = s + log_of_values
                 tokens = plgpu.broadcasted_iota(jnp.int32, (TILE, N), 0, layout=MATRIX)
                 visible = _visible(tokens, low_columns, high_columns, holes, t * TILE, copy_len)
                 # A select: keys that are not the row's may be NaN.
@@ -837,17 +968,24 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 m_new = jnp.maximum(m, s.max(axis=0))
                 rescale = jnp.exp2(m - m_new)
                 p = jnp.exp2(s - _per_column(m_new, TILE))
-                l = l * _per_column(rescale, TILE) + p  # added up over the tokens once a piece
+                weight = p * inverse_of_values if case.quantized else p
+                l = l * _per_column(rescale, TILE) + weight  # added up over the tokens once a piece
                 acc = acc * _per_column(rescale, DP)
-                p_s.T[...] = plgpu.layout_cast(p.astype(case.dtype), MATRIX_T)
+                p_s.T[...] = plgpu.layout_cast(p.astype(case.operand), MATRIX_T)
 
                 plgpu.barrier_wait(v_full.at[slot])  # this tile's values
                 foreign = jnp.logical_or(length - base < (t + 1) * TILE, holes != 0)
                 if case.windowed:
                     foreign = jnp.logical_or(foreign, low_any > t * TILE)
-                pl.when(foreign)(lambda: clean_values(slot, low_any, length - base, holes, t * TILE))
+                if case.may_be_nan:
+                    pl.when(foreign)(
+                        lambda: clean_values(slot, low_any, length - base, holes, t * TILE)
+                    )
+                values = quantized_values(slot) if case.quantized else v_s.at[slot].T
                 plgpu.commit_smem()  # all threads' p_s and values, before the matrix unit reads them
-                acc = acc + weighted_values(slot)
+                acc = acc + weighted_values(values)
+                if case.quantized:  # they have been in registers for long
+                    return acc, m_new, l
                 plgpu.barrier_arrive(v_free.at[slot])  # the values may be overwritten
                 return acc, m_new, l
 
@@ -914,8 +1052,8 @@ def _join_body(refs: dict[str, Any], case: _Case, o_s: Any) -> None:
 
 def decode(
     q: Float[Array, "T H D"],
-    k_pages: Float[Array, "L P K S D"],
-    v_pages: Float[Array, "L P K S D"],
+    k_pages: Float[Array, "L P K S D"] | QuantizedPages,
+    v_pages: Float[Array, "L P K S D"] | QuantizedPages,
     layer: Int32[Array, ""] | int,
     block_tables: Int32[Array, "B M"],
     seq_lens: Int32[Array, "B"],
@@ -941,7 +1079,7 @@ def decode(
 
     Args:
       q: [T, H, D] packed queries.
-      k_pages, v_pages: [L, P, K, S, D] the pools.
+      k_pages, v_pages: [L, P, K, S, D] the pools. Queries of fp8 pages count in float16: what is larger saturates.
       layer: index into L.
       block_tables: i32[B, M]; a negative entry is a hole.
       seq_lens: i32[B], with the new tokens.
@@ -980,7 +1118,7 @@ def decode(
         "max_query_len": max_query_len,
     }
     if config is None:
-        config = default_config(**shapes, dtype=q.dtype)
+        config = default_config(**shapes, dtype=k_pages.dtype)
     if interpret is not None:
         config = dataclasses.replace(config, fused_join=False)
     if plan is None:
@@ -1002,13 +1140,16 @@ def decode(
         page_size=S,
         max_query_len=max_query_len,
         max_pages=block_tables.shape[1],
-        dtype=jnp.dtype(q.dtype),
+        dtype=jnp.dtype(k_pages.dtype),
+        q_dtype=jnp.dtype(q.dtype),
+        token_scales=isinstance(k_pages, QuantizedPages) and k_pages.scales.shape[2:] == (K, S),
         causal=causal,
         windowed=sliding_window is not None,
         soft_cap=soft_cap,
         has_sinks=sinks is not None,
         return_lse=return_lse,
         config=config,
+        interpreted=interpret is not None,
     )
     inputs = {
         "layer": jnp.asarray(layer, jnp.int32).reshape(1),
@@ -1019,6 +1160,9 @@ def decode(
         "k": k_pages,
         "v": v_pages,
     }
+    if isinstance(k_pages, QuantizedPages) and isinstance(v_pages, QuantizedPages):
+        inputs |= {"k": k_pages.values, "v": v_pages.values}
+        inputs |= {"k_scales": k_pages.scales, "v_scales": v_pages.scales}
     if sliding_window is not None:
         inputs["window"] = jnp.asarray(sliding_window, jnp.int32).reshape(1)
     if sinks is not None:
@@ -1073,6 +1217,8 @@ def _launch(inputs: dict[str, Any], case: _Case, interpret: Any) -> tuple[Any, A
         block_tokens=case.config.block_tokens,
         num_stages=case.config.num_stages,
         dtype=case.dtype,
+        q_dtype=case.q_dtype,
+        token_scales=case.token_scales,
     )
     attend = kernel(
         _attend_body,
