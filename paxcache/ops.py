@@ -58,6 +58,18 @@ def _mosaic(module: str, function: str, *args: Any, **options: Any) -> Callable[
     return run
 
 
+def _triton(module: str, function: str, *args: Any, **options: Any) -> Callable[[], Any]:
+    """A call of a Triton kernel, which looks for itself whether the GPU and the packages fit."""
+
+    def run():
+        device = _checks.default_device()
+        if device.platform != "gpu":
+            raise NotImplementedError(f"triton needs an NVIDIA GPU, the default device is {device.device_kind!r}")
+        return getattr(importlib.import_module(f"paxcache.kernels.{module}"), function)(*args, **options)
+
+    return run
+
+
 def _dispatch(op: str, implementation: Implementation, **backends: Callable[[], Any]) -> Any:
     """Runs the named backend, or the first in order of preference that does not decline."""
     if implementation is not None:
@@ -156,6 +168,7 @@ class Plan:
 
     xla: xla.Plan | None = None
     mosaic_gpu: Any = None
+    triton: Any = None
 
 
 def plan(
@@ -246,6 +259,7 @@ def plan(
         mosaic_gpu=lambda: Plan(
             mosaic_gpu=_mosaic("attention_sm90", "make_plan", tables, *rows, **shapes, **heads)()
         ),
+        triton=lambda: Plan(triton=_triton("attention_triton", "make_plan", tables, *rows, **shapes, **heads)()),
         xla=lambda: Plan(xla=xla.make_plan(seq_lens, query_lens, max_pages=M, **shapes)),
     )
 
@@ -365,9 +379,9 @@ def paged_attention(
     }
 
     def run_xla():
-        work = None if plan is None else plan.xla
-        if work is None:
-            work = xla.make_plan(
+        made = None if plan is None else plan.xla
+        if made is None:
+            made = xla.make_plan(
                 seq_lens,
                 lens,
                 num_tokens=T,
@@ -377,15 +391,17 @@ def paged_attention(
                 sliding_window=sliding_window,
                 causal=causal,
             )
-        return xla.paged_attention(*arrays, plan=work, **options)
+        return xla.paged_attention(*arrays, plan=made, **options)
 
-    more = {
-        "max_query_len": max_query_len,
-        "return_lse": return_lse,
-        "plan": None if plan is None else plan.mosaic_gpu,
-    }
-    run_mosaic = _mosaic("attention_sm90", "paged_attention", *arrays, **options, **more)
-    out, lse = _dispatch("paged_attention", implementation, mosaic_gpu=run_mosaic, xla=run_xla)
+    more = {"max_query_len": max_query_len, "return_lse": return_lse} | options
+    work = Plan() if plan is None else plan
+    out, lse = _dispatch(
+        "paged_attention",
+        implementation,
+        mosaic_gpu=_mosaic("attention_sm90", "paged_attention", *arrays, **more, plan=work.mosaic_gpu),
+        triton=_triton("attention_triton", "paged_attention", *arrays, **more, plan=work.triton),
+        xla=run_xla,
+    )
     return (out, lse) if return_lse else out
 
 
@@ -444,12 +460,13 @@ def write_pages(
         v_start = _first_head("v", v, v_head, K)
     slots = _checks.slots("slot_mapping", slot_mapping, "T", T=k.shape[0])
     k_pages, v_pages, k, v = _no_derivative("write_pages", (k_pages, v_pages, k, v))
+    arrays, heads = (k_pages, v_pages, k, v, slots, layer), {"k_head": k_start, "v_head": v_start}
+    hopper = "quantize_sm90" if isinstance(k_pages, QuantizedPages) else "write_sm90"
     k_pages, v_pages = _dispatch(
         "write_pages",
         implementation,
-        mosaic_gpu=_mosaic(
-            "write_sm90", "write_pages", k_pages, v_pages, k, v, slots, layer, k_head=k_start, v_head=v_start
-        ),
+        mosaic_gpu=_mosaic(hopper, "write_pages", *arrays, **heads),
+        triton=_triton("write_triton", "write_pages", *arrays, **heads),
         xla=lambda: xla.write_pages(
             k_pages,
             v_pages,
@@ -522,6 +539,7 @@ def copy_pages(
         "copy_pages",
         implementation,
         mosaic_gpu=_mosaic("copy_sm90", "copy_pages", pages, src, dst),
+        triton=_triton("copy_triton", "copy_pages", pages, src, dst),
         xla=lambda: xla.copy_pages(pages, src, dst),
     )
 
@@ -558,6 +576,7 @@ def gather_pages(
         "gather_pages",
         implementation,
         mosaic_gpu=_mosaic("copy_sm90", "gather_pages", pages, ids),
+        triton=_triton("copy_triton", "gather_pages", pages, ids),
         xla=lambda: jax.tree.map(lambda p: xla.gather_pages(p, ids), pages),
     )
 
@@ -604,6 +623,7 @@ def scatter_pages(
         "scatter_pages",
         implementation,
         mosaic_gpu=_mosaic("copy_sm90", "scatter_pages", pages, ids, blocks),
+        triton=_triton("copy_triton", "scatter_pages", pages, ids, blocks),
         xla=lambda: jax.tree.map(lambda p, b: xla.scatter_pages(p, ids, b), pages, blocks),
     )
 

@@ -7,6 +7,7 @@ here and nowhere else, so that a new JAX release is met in one file.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,6 +42,7 @@ __all__ = [
     "off_mesh",
     "pl",
     "plgpu",
+    "reduce_columns",
     "row_layout",
     "scatter",
     "store_untransposed",
@@ -175,6 +177,58 @@ def load_transposed(ref: Any, dtype: Any, *, interpreted: bool) -> Any:
         arg_types=(plgpu.RefType(matrix_tiles(row_bytes, jnp.dtype(dtype))),), return_type=shape
     )
     return inlined(load)(ref)
+
+
+def reduce_columns(x: Any, reduction: Any, scratch: Any, *, interpreted: bool) -> Any:
+    """The sum or maximum of each column of a matrix, with one barrier of the warpgroup.
+
+    Pallas' own takes four, and memory that all warpgroups of a block share.
+
+    Args:
+      x: f32[64, N], in the layout of the matrix unit.
+      reduction: `jnp.sum` or `jnp.max`.
+      scratch: f32[4, N] in shared memory. Before it is used again, the warpgroup has met once more.
+      interpreted: whether the interpreter runs the kernel.
+
+    Returns:
+      f32[N] in the layout's reduction.
+    """
+    if interpreted:
+        return reduction(x, axis=0)
+    combine = {jnp.sum: arith.addf, jnp.max: arith.maximumf}[reduction]
+    layout: Any = plgpu.Layout.WGMMA.reduce(0)
+
+    def reduce(_, x, scratch):
+        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+
+        def c(x):
+            return arith.constant(i32, x)
+
+        thread = arith.remui(mgpu_utils.thread_idx(), c(THREADS))
+        warp = arith.index_cast(index, arith.divui(thread, c(32)))
+        first = arith.muli(arith.remui(thread, c(4)), c(2))
+        registers = x.registers.reshape(x.registers.shape[1], 2)
+        columns = [
+            arith.index_cast(index, arith.addi(first, c(8 * eight))) for eight in range(len(registers))
+        ]
+        for column, (upper, lower) in zip(columns, registers, strict=True):
+            both = combine(upper, lower)
+            numbers = [vector.extract(both, [], [i]) for i in range(2)]
+            for distance in (4, 8, 16):
+                numbers = [combine(n, mgpu_utils.shfl_bfly(n, distance)) for n in numbers]
+            vector.store(vector.from_elements(pair, numbers), scratch, [warp, column])
+        mgpu_utils.warpgroup_barrier()
+        warps = [arith.constant(index, w) for w in range(THREADS // 32)]
+        parts = [[vector.load(pair, scratch, [w, column]) for w in warps] for column in columns]
+        to = np.empty(layout.to_mgpu().registers_shape((x.shape[1],)), dtype=object)
+        to.reshape(-1)[:] = [functools.reduce(combine, part) for part in parts]
+        return fragmented_array.FragmentedArray(_registers=to, _layout=layout.to_mgpu(), _is_signed=None)
+
+    shape: Any = plgpu.ShapeDtypeStruct((x.shape[1],), jnp.float32, layout=layout)
+    arguments = plgpu.Layout.WGMMA, plgpu.RefType()
+    inlined: Any = plgpu.inline_mgpu(arg_types=arguments, return_type=shape)
+    return inlined(reduce)(x, scratch)
 
 
 def store_untransposed(values: Any, ref: Any) -> None:

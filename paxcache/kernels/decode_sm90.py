@@ -15,13 +15,14 @@ the first microsecond to the last, whatever the mix of lengths. Four ideas:
   are a KV head's queries: its G heads times the row's query tokens, padded to 8. A group of 4 heads wastes half of
   an 8-wide column block instead of 60 of 64 rows. What exceeds a warpgroup's registers, many heads a KV head or many
   query tokens, becomes further pairs, which read the same keys again.
-- Programs are persistent, two an SM. One warp streams keys, one values, one queries; each walks across the borders
-  of pieces, so that the pipeline never drains.
+- Programs are persistent, two or three an SM. Warps of their own stream keys and values across the borders of pieces,
+  so that the pipeline never drains.
 
 Quantised pages are streamed as they are stored, and become half precision in registers, exactly: shared memory, which
-the matrix unit reads too, would be the bottleneck. A score is then multiplied by its key's scale. A value's scale joins its weight's exponent,
-``exp(score) * scale = exp2(score * log2(e) + log2(scale))``, so that the largest weight of a column is 1 whatever the
-scales are: float16 has no room for others. The denominator takes it off again.
+the matrix unit reads too, would be the bottleneck. Three programs share a thread block and its warps of copies. A score
+is multiplied by its key's scale. A value's scale joins its weight's exponent, ``exp(score) * scale = exp2(score *
+log2(e) + log2(scale))``, so that the largest weight of a column is 1 whatever the scales are: float16 has no room for
+others. The denominator takes it off again.
 
 Reference: flash decoding (Dao et al., 2023) for the split; FlashInfer (Ye et al., 2025) for balanced work lists.
 """
@@ -50,6 +51,7 @@ from paxcache.kernels._mosaic import (
     off_mesh,
     pl,
     plgpu,
+    reduce_columns,
     store_untransposed,
 )
 
@@ -57,13 +59,19 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
 
 TILE = 64  # tokens a tile: the rows of one matrix instruction
+WARPS = 4  # of a warpgroup
 NEG = -1e30  # where a running maximum starts: finite, so that no difference of two maxima is NaN
 HOLE = 1 << 28  # added to the index of a token in a hole, past any length
 COUNTER_SETS = 8
 MAX_PIECES = 32  # of a pair where their length is fixed: longer rows get longer pieces
 MAX_ACCUMULATOR = 32 * 128  # columns times head dim that fit a warpgroup's registers beside the scores
 SHARED_ACCUMULATOR = 16 * 128  # and those that let two programs share an SM,
-SHARED_COLUMNS = 16  # with at most so many columns, half of them where the head dim is padded or pages quantised
+SHARED_COLUMNS = 16  # with at most so many columns, half of them where the head dim is padded
+# Quantised pages are more work a byte. Three programs that share one warpgroup of copies fit an SM's registers, where
+# only two with copies of their own do,
+QUANTIZED_CONSUMERS = 3
+QUANTIZED_ACCUMULATOR = 8 * 128  # with so small an accumulator
+QUANTIZED_COLUMNS = 8  # and so few columns.
 MAX_LANES = 8
 STREAM_BYTES_SHARED = 128 * 1024  # of keys and values in flight in an SM, with two programs
 STREAM_BYTES_ALONE = 96 * 1024  # and with one; more of either and the memory answers more slowly
@@ -94,7 +102,7 @@ class Config:
     """A launch configuration; `default_config` makes one."""
 
     num_programs: int
-    """Programs launched: what the device holds at once, a multiple of `lanes`."""
+    """What the device holds at once, a multiple of `lanes`."""
     min_programs: int
     """Programs that get work where there is little: one an SM, a multiple of `lanes`."""
     lanes: int
@@ -105,6 +113,8 @@ class Config:
     """Query tokens that a program handles at once; a row with more takes several passes over its keys."""
     join_chunk: int
     """Partial results that a join loads at once; with more the registers no longer let two programs share an SM."""
+    consumers: int = 1
+    """Programs of a thread block, which share the warps that start copies."""
     piece_len: int | None = None
     """Tokens of a piece, a multiple of 64: pairs are cut by their own length alone, so that a row's result does not
     depend on its batch, bit for bit. None: pairs are cut where the balance wants it."""
@@ -157,6 +167,11 @@ class _Case:
     def pairs(self) -> int:
         """Pairs of a row."""
         return self.head_groups * self.blocks
+
+    @property
+    def num_blocks(self) -> int:
+        """Thread blocks of a launch. Neighbouring programs lie in neighbouring ones."""
+        return -(-self.config.num_programs // self.config.consumers)
 
     @property
     def num_ranges(self) -> int:
@@ -240,7 +255,7 @@ def default_config(
     limits: DeviceLimits | None = None,
     piece_len: int | None = None,
 ) -> Config:
-    """Two programs an SM where shared memory and registers allow it, with enough but not too much in flight."""
+    """Several programs an SM where shared memory and registers allow it, with enough but not too much in flight."""
     limits, dtype = device_limits() if limits is None else limits, jnp.dtype(dtype)
     group = _largest_group(num_heads // num_kv_heads, head_dim)
     padded_dim = _padded_dim(head_dim)
@@ -258,13 +273,17 @@ def default_config(
     rest = _smem_bytes(one_stage) - stage
     half = limits.smem_bytes_per_sm // 2 - 1024  # the system keeps 1 KB of each block's
     accumulator = columns * padded_dim
-    plain = padded_dim == head_dim and dtype not in _quantize.BY_DTYPE
-    shared_columns = SHARED_COLUMNS if plain else SHARED_COLUMNS // 2
-    if dtype in _quantize.BY_DTYPE and padded_dim > 128:
-        shared_columns = 0
-    share = columns <= shared_columns and accumulator <= SHARED_ACCUMULATOR and rest + 2 * stage <= half
-    programs, room = (2 * limits.num_sms, half) if share else (limits.num_sms, limits.smem_bytes_per_block)
-    wanted = max(2, round((STREAM_BYTES_SHARED // 2 if share else STREAM_BYTES_ALONE) / stage))
+    consumers = 1
+    if dtype in _quantize.BY_DTYPE:
+        share = columns <= QUANTIZED_COLUMNS and accumulator <= QUANTIZED_ACCUMULATOR
+        consumers = QUANTIZED_CONSUMERS if share else 1
+        sharing, room = consumers, limits.smem_bytes_per_block // consumers
+    else:
+        shared_columns = SHARED_COLUMNS if padded_dim == head_dim else SHARED_COLUMNS // 2
+        share = columns <= shared_columns and accumulator <= SHARED_ACCUMULATOR and rest + 2 * stage <= half
+        sharing, room = (2, half) if share else (1, limits.smem_bytes_per_block)
+    programs = sharing * limits.num_sms
+    wanted = max(2, round((STREAM_BYTES_SHARED if share else STREAM_BYTES_ALONE) / sharing / stage))
     pairs = num_heads // group * -(-max_query_len // block_tokens)
 
     def divides(lanes):
@@ -275,7 +294,7 @@ def default_config(
     join_chunk = max(1, MAX_ACCUMULATOR // accumulator)
     if share and (columns > 8 or join_chunk < 4):
         join_chunk = 1
-    if dtype in _quantize.BY_DTYPE:
+    if share and consumers > 1:
         join_chunk = min(2, join_chunk)
     return Config(
         num_programs=programs // lanes * lanes,
@@ -284,6 +303,7 @@ def default_config(
         num_stages=max(1, min(wanted, (room - rest) // stage)),
         block_tokens=block_tokens,
         join_chunk=min(4, join_chunk),
+        consumers=consumers,
         piece_len=piece_len,
     )
 
@@ -312,9 +332,10 @@ def _scratch(
     dtype: Any,
     q_dtype: Any = jnp.bfloat16,
     token_scales: bool = False,
+    consumers: int = 1,
 ) -> dict[str, Any]:
-    """The shared memory of a program."""
-    N, D, DP, stages = columns, head_dim, _padded_dim(head_dim), num_stages
+    """The shared memory of a thread block; each of its programs has an equal part of every buffer."""
+    N, D, DP, C, stages = columns, head_dim, _padded_dim(head_dim), consumers, consumers * num_stages
     copies = TILE // _copy_len(page_size, head_dim, dtype)
     form, operand = _quantize.BY_DTYPE.get(dtype), operand_dtype(dtype)
     width = D if form is None else D // form.per_element
@@ -330,15 +351,15 @@ def _scratch(
         scales = plgpu.SMEM((stages, TILE), jnp.float32)
         streamed = {"k_s": raw, "v_s": raw, "k_scales": scales, "v_scales": scales}
     return streamed | {
-        "q_raw": plgpu.SMEM((N, DP), q_dtype),
-        "q_s": matrix(N, DP),
-        "p_s": matrix(N, TILE),
-        "o_s": plgpu.SMEM((N, DP), q_dtype),
-        "notes": plgpu.SMEM((NOTES + stages,), jnp.int32),
-        "q_full": plgpu.Barrier(num_arrivals=block_tokens),
+        "q_raw": plgpu.SMEM((C, N, DP), q_dtype),
+        "q_s": matrix(C, N, DP),
+        "p_s": matrix(C, N, TILE),
+        "o_s": plgpu.SMEM((C, N, DP), q_dtype),
+        "maxima": plgpu.SMEM((C, 2, WARPS, N), jnp.float32),
+        "notes": plgpu.SMEM((C, NOTES + num_stages), jnp.int32),
+        "q_full": plgpu.Barrier(num_arrivals=block_tokens, num_barriers=C),
         "k_full": plgpu.Barrier(num_arrivals=copies * (3 if token_scales else 1), num_barriers=stages),
         "v_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        "q_free": plgpu.Barrier(),
         "k_free": plgpu.Barrier(num_barriers=stages),
         "v_free": plgpu.Barrier(num_barriers=stages),
     }
@@ -671,187 +692,199 @@ def _head_and_first_query(case: _Case, pair: Any) -> tuple[Any, Any]:
     return lax.div(pair, case.blocks), lax.rem(pair, case.blocks) * case.config.block_tokens
 
 
-def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
-    """One program: the pieces of its range, in order."""
-    config = case.config
-    plan, tables = refs["plan"], refs["tables"]
-    q_raw, q_s, k_s, v_s, p_s, o_s = (scratch[x] for x in ("q_raw", "q_s", "k_s", "v_s", "p_s", "o_s"))
-    q_full, k_full, v_full = (scratch[x] for x in ("q_full", "k_full", "v_full"))
-    q_free, k_free, v_free = (scratch[x] for x in ("q_free", "k_free", "v_free"))
-    notes = scratch["notes"]
-    G, S, D, DP, N = case.group, case.page_size, case.head_dim, case.padded_dim, case.columns
-    lanes, copy_len, stages = config.lanes, case.copy_len, config.num_stages
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """A program's way through its range.
 
-    program, thread = lax.axis_index("program"), lax.axis_index("thread")
-    group, lane = (lax.div(program, lanes), lax.rem(program, lanes)) if lanes > 1 else (program, 0)
-    layer = refs["layer"][0]
+    A *place* is a tuple: row, turn (which of the lane's pairs of the row), tile of the pair; the row's length, first
+    visible token (0 without a window), number of query tokens (1 where no row has more), first query token.
+    """
 
-    def range_line(column):
-        return plan[group, column]
+    case: _Case
+    plan: Any
+    program: Any
 
-    def row_line(row, column):
-        return plan[case.num_ranges + row, column]
+    def range_line(self, column: Any) -> Any:
+        # A launch may have some programs more than the plan.
+        group = jnp.minimum(lax.div(self.program, self.case.config.lanes), self.case.num_ranges - 1)
+        return self.plan[group, column]
 
-    num_tiles, num_pieces = range_line(TILES), range_line(PIECES)
+    def row_line(self, row: Any, column: Any) -> Any:
+        return self.plan[self.case.num_ranges + row, column]
 
-    # A place in the flat list: row, turn (which of the lane's pairs of the row), tile of the pair; the row's length,
-    # first visible token (0 without a window), number of query tokens (1 where no row has more), first query token.
-    first_place = (
-        range_line(ROW),
-        range_line(TURN),
-        range_line(FIRST),
-        range_line(LEN),
-        range_line(LOW) if case.windowed else 0,
-        range_line(QUERIES) if case.max_query_len > 1 else 1,
-        range_line(START),
-    )
+    @property
+    def lane(self) -> Any:
+        lanes = self.case.config.lanes
+        return lax.rem(self.program, lanes) if lanes > 1 else 0
 
-    def base_of(low):
+    def count(self, column: int) -> Any:
+        """Tiles or pieces of the range."""
+        return jnp.where(self.program < self.case.config.num_programs, self.range_line(column), 0)
+
+    def first_place(self) -> tuple[Any, ...]:
+        case = self.case
+        return (
+            self.range_line(ROW),
+            self.range_line(TURN),
+            self.range_line(FIRST),
+            self.range_line(LEN),
+            self.range_line(LOW) if case.windowed else 0,
+            self.range_line(QUERIES) if case.max_query_len > 1 else 1,
+            self.range_line(START),
+        )
+
+    def base_of(self, low: Any) -> Any:
         """The token that tile 0 begins with."""
-        return low - lax.rem(low, case.block_len) if case.windowed else 0
+        return low - lax.rem(low, self.case.block_len) if self.case.windowed else 0
 
-    def tiles_of(place):
+    def first_token(self, place: tuple[Any, ...]) -> Any:
+        _, _, tile, _, low, *_ = place
+        return self.base_of(low) + tile * TILE
+
+    def tiles_of(self, place: tuple[Any, ...]) -> Any:
         _, _, _, length, low, _, _ = place
-        return lax.div(length - base_of(low) + (TILE - 1), TILE)
+        return lax.div(length - self.base_of(low) + (TILE - 1), TILE)
 
-    def piece_end(place, tiles_left):
+    def piece_end(self, place: tuple[Any, ...], tiles_left: Any) -> Any:
         """The tile after the piece that begins at a place."""
         _, _, tile, *_ = place
-        tiles = tiles_of(place)
-        size = tiles_left if config.piece_len is None else _piece_tiles(config.piece_len, tiles)
-        return jnp.minimum(tiles, tile + size)
+        tiles, piece_len = self.tiles_of(place), self.case.config.piece_len
+        return jnp.minimum(tiles, tile + (tiles_left if piece_len is None else _piece_tiles(piece_len, tiles)))
 
-    def move(place, tile):
+    def move(self, place: tuple[Any, ...], tile: Any) -> tuple[Any, ...]:
         """To a tile of the same pair, or to the next pair if the pair has no such tile."""
         row, turn, _, length, low, queries, start = place
-        done = tile >= tiles_of(place)
-        row_done = jnp.logical_and(done, turn == case.turns - 1)
+        done = tile >= self.tiles_of(place)
+        row_done = jnp.logical_and(done, turn == self.case.turns - 1)
         turn = jnp.where(done, jnp.where(row_done, 0, turn + 1), turn)
         tile = jnp.where(done, 0, tile)
-        length = jnp.where(row_done, row_line(row, NEXT_LEN), length)
-        if case.windowed:
-            low = jnp.where(row_done, row_line(row, NEXT_LOW), low)
-        if case.max_query_len > 1:
-            queries = jnp.where(row_done, row_line(row, NEXT_QUERIES), queries)
-        start = jnp.where(row_done, row_line(row, NEXT_START), start)
-        return jnp.where(row_done, row_line(row, NEXT), row), turn, tile, length, low, queries, start
+        length = jnp.where(row_done, self.row_line(row, NEXT_LEN), length)
+        if self.case.windowed:
+            low = jnp.where(row_done, self.row_line(row, NEXT_LOW), low)
+        if self.case.max_query_len > 1:
+            queries = jnp.where(row_done, self.row_line(row, NEXT_QUERIES), queries)
+        start = jnp.where(row_done, self.row_line(row, NEXT_START), start)
+        row = jnp.where(row_done, self.row_line(row, NEXT), row)
+        return row, turn, tile, length, low, queries, start
 
-    def pair_of(turn):
-        return turn * lanes + lane
+    def pair(self, place: tuple[Any, ...]) -> Any:
+        _, turn, *_ = place
+        return turn * self.case.config.lanes + self.lane
 
-    @pl.when(thread == 1)
+
+def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
+    """One thread block: the pieces of its programs' ranges, in order."""
+    config = case.config
+    plan, tables = refs["plan"], refs["tables"]
+    k_s, v_s, notes = (scratch[x] for x in ("k_s", "v_s", "notes"))
+    q_full, k_full, v_full = (scratch[x] for x in ("q_full", "k_full", "v_full"))
+    k_free, v_free = (scratch[x] for x in ("k_free", "v_free"))
+    G, S, D, DP, N = case.group, case.page_size, case.head_dim, case.padded_dim, case.columns
+    copy_len, stages = case.copy_len, config.num_stages
+    block, thread = lax.axis_index("block"), lax.axis_index("thread")
+    layer = refs["layer"][0]
+
+    def walk_of(consumer):
+        return _Walk(case, plan, consumer * case.num_blocks + block)
+
+    @pl.when(thread == config.consumers)
     def _producers():
-        def drain(free, count, depth):
+        def drain(free, consumer, count):
             """Waits for the last completions: a producer must see every one."""
 
             def wait(i, _):
-                plgpu.barrier_wait(free.at[lax.rem(i, depth)])
+                plgpu.barrier_wait(free.at[consumer * stages + lax.rem(i, stages)])
 
-            lax.fori_loop(jnp.maximum(count - depth, 0), count, wait, None)
+            lax.fori_loop(jnp.maximum(count - stages, 0), count, wait, None)
 
-        def stream(pool, buffer, full, free, with_scales, notes_holes):
-            def copy(i, place, first_token, pages):
+        def stream(consumer, names):
+            """Copies a program's keys, its values, or both in turn."""
+            walk = walk_of(consumer)
+            num_tiles = walk.count(TILES)
+            buffers = {"k": (k_s, k_full, k_free), "v": (v_s, v_full, v_free)}
+
+            def copy(i, place, pages):
                 """Starts the copies of tile number i."""
-                turn, tile = place[1], place[2]
-                slot = lax.rem(i, stages)
-
-                # The consumer arrives at `free` when it has read the slot's last tile, and this warp waits before
-                # it overwrites the tile and the note.
-                @pl.when(i >= stages)
-                def _():
-                    plgpu.barrier_wait(free.at[slot])
-
-                if notes_holes:  # noted before the copies are issued: their arrival at `full` shows it too
-                    bits = [jnp.where(page < 0, 1 << j, 0) for j, page in enumerate(pages)]
-                    notes[NOTES + slot] = functools.reduce(lax.bitwise_or, bits)
-                head, _ = _head_and_first_query(case, pair_of(turn))
+                slot = consumer * stages + lax.rem(i, stages)
+                head, _ = _head_and_first_query(case, walk.pair(place))
                 if case.groups_per_kv_head > 1:
                     head = lax.div(head, case.groups_per_kv_head)
-                for j, page in enumerate(pages):
-                    source = pool.at[layer, jnp.maximum(page, 0), head]
-                    offset = 0
-                    if copy_len < S:
-                        block = lax.div(first_token, copy_len) + j
-                        offset = lax.rem(block, S // copy_len) * copy_len
-                        source = source.at[pl.ds(offset, copy_len)]
-                    target = buffer.at[slot, pl.ds(j * copy_len, copy_len)]
-                    if buffer.shape[-1] > D:
-                        target = target.at[:, pl.ds(0, D)]
-                    # Every copy arrives at `full` with its last byte; the consumer waits for all of a tile's.
-                    plgpu.copy_gmem_to_smem(source, target, full.at[slot])
-                    if with_scales and case.token_scales:  # both, since the values' are needed before the values
-                        for name in ("k_scales", "v_scales"):
-                            source = refs[name].at[layer, jnp.maximum(page, 0), head]
-                            if copy_len < S:
-                                source = source.at[pl.ds(offset, copy_len)]
-                            target = scratch[name].at[slot, pl.ds(j * copy_len, copy_len)]
-                            # A plain bulk copy: boxes may not begin between multiples of 128 bytes.
-                            in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
-                            plgpu.copy_gmem_to_smem(source, target, full.at[slot], oob_mode=in_bounds)
-                return move(place, tile + 1)
+                first_block = lax.div(walk.first_token(place), copy_len)
+                for name in names:
+                    buffer, full, free = buffers[name]
 
-            def first_token_of(place):
-                _, _, tile, _, low, *_ = place
-                return base_of(low) + tile * TILE
+                    # The consumer arrives at `free` when it has read the slot's last tile, and this warp waits
+                    # before it overwrites the tile and the note.
+                    @pl.when(i >= stages)
+                    def _(free=free):
+                        plgpu.barrier_wait(free.at[slot])
+
+                    if name == "k":  # noted before the copies are issued: their arrival at `full` shows it too
+                        bits = [jnp.where(page < 0, 1 << j, 0) for j, page in enumerate(pages)]
+                        notes[consumer, NOTES + lax.rem(i, stages)] = functools.reduce(lax.bitwise_or, bits)
+                    for j, page in enumerate(pages):
+                        tokens = pl.ds(lax.rem(first_block + j, S // copy_len) * copy_len, copy_len)
+
+                        def part(pool, page=page, tokens=tokens):
+                            whole = pool.at[layer, jnp.maximum(page, 0), head]
+                            return whole.at[tokens] if copy_len < S else whole
+
+                        target = buffer.at[slot, pl.ds(j * copy_len, copy_len)]
+                        if buffer.shape[-1] > D:
+                            target = target.at[:, pl.ds(0, D)]
+                        # Every copy arrives at `full` with its last byte; the consumer waits for all of a tile's.
+                        plgpu.copy_gmem_to_smem(part(refs[name]), target, full.at[slot])
+                        if name == "k" and case.token_scales:  # both, as the values' are needed before the values
+                            for scales in ("k_scales", "v_scales"):
+                                target = scratch[scales].at[slot, pl.ds(j * copy_len, copy_len)]
+                                # A plain bulk copy: boxes may not begin between multiples of 128 bytes.
+                                in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+                                plgpu.copy_gmem_to_smem(
+                                    part(refs[scales]), target, full.at[slot], oob_mode=in_bounds
+                                )
+                return walk.move(place, place[2] + 1)
 
             def step(i, place):
                 row, _, _, length, *_ = place
-                first_token = first_token_of(place)
+                first_token = walk.first_token(place)
                 # Past the end a valid page is read once more; its tokens are masked later. Read before the wait,
                 # so that the latency hides behind it.
                 last = jnp.minimum(lax.div(length - 1, S), case.max_pages - 1)
                 columns = [lax.div(first_token + j, S) for j in range(0, TILE, copy_len)]
-                return copy(i, place, first_token, [tables[row, jnp.minimum(x, last)] for x in columns])
+                return copy(i, place, [tables[row, jnp.minimum(x, last)] for x in columns])
 
             @pl.when(num_tiles > 0)
             def _():
                 # The first tile's pages stand in the plan: one memory latency less before the stream begins.
-                pages = [range_line(PAGES + j // case.block_len) for j in range(0, TILE, copy_len)]
-                second = copy(0, first_place, first_token_of(first_place), pages)
-                lax.fori_loop(1, num_tiles, step, second)
-                drain(free, num_tiles, stages)
+                pages = [walk.range_line(PAGES + j // case.block_len) for j in range(0, TILE, copy_len)]
+                lax.fori_loop(1, num_tiles, step, copy(0, walk.first_place(), pages))
+                for name in names:
+                    drain(buffers[name][-1], consumer, num_tiles)
 
-        def queries():
-            last = refs["q"].shape[0] - 1
-
-            def step(i, carry):
-                tiles_left, place = carry
-                turn, tile, start = place[1], place[2], place[-1]
-                head, first_query = _head_and_first_query(case, pair_of(turn))
-                start = start + first_query
-
-                # The consumer arrives at `q_free` when it has taken the last piece's queries out of q_raw.
-                @pl.when(i >= 1)
-                def _():
-                    plgpu.barrier_wait(q_free)
-
-                for j in range(config.block_tokens):
-                    # Past the row's last token: another row's, whose results are not written.
-                    source = refs["q"].at[jnp.minimum(start + j, last), pl.ds(head * G, G)]
-                    # One arrival a token at `q_full`, where the consumer waits for all.
-                    plgpu.copy_gmem_to_smem(source, q_raw.at[pl.ds(j * G, G)], q_full)
-                end = piece_end(place, tiles_left)
-                return tiles_left - (end - tile), move(place, end)
-
-            lax.fori_loop(0, num_pieces, step, (num_tiles, first_place))
-
-            @pl.when(num_pieces > 0)
-            def _():
-                plgpu.barrier_wait(q_free)  # see the last completion
+        consumers = range(config.consumers)
+        streams = [(consumer, name) for consumer in consumers for name in "kv"]
+        if len(streams) > WARPS:
+            streams = [(consumer, "kv") for consumer in consumers]
 
         def warp(index):
-            pl.when(index == 0)(lambda: stream(refs["k"], k_s, k_full, k_free, True, True))
-            pl.when(index == 1)(lambda: stream(refs["v"], v_s, v_full, v_free, False, False))
-            pl.when(index == 2)(queries)
+            for x, (consumer, names) in enumerate(streams):
+                pl.when(index == x)(functools.partial(stream, consumer, names))
 
         plgpu.warp_map(warp)
 
-    @pl.when(thread == 0)
+    @pl.when(thread < config.consumers)
     def _consumer():
-        _zero_unowned(program, row_line, tables.shape[0], refs["out"], o_s, case)
+        consumer = thread if config.consumers > 1 else 0
+        walk = walk_of(consumer)
+        program, lane, num_tiles = walk.program, walk.lane, walk.count(TILES)
+        q_raw, q_s, p_s, o_s, maxima, own_notes = (
+            scratch[x].at[consumer] for x in ("q_raw", "q_s", "p_s", "o_s", "maxima", "notes")
+        )
+        _zero_unowned(program, walk.row_line, tables.shape[0], refs["out"], o_s, case)
         scale = refs["scale"][0] * LOG2E
         window = refs["window"][0] if case.windowed else None
         start = _nothing(DP, N, (TILE, N))
+        interpreted = {"interpreted": case.interpreted}
 
         def scores(slot):
             def product(acc):
@@ -877,7 +910,7 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
 
         def quantized_values(slot):
             """[head dim, tokens]."""
-            stored = load_transposed(v_s.at[slot], case.dtype, interpreted=case.interpreted)
+            stored = load_transposed(v_s.at[slot], case.dtype, **interpreted)
             values = stored.astype(case.operand)
             plgpu.barrier_arrive(v_free.at[slot])  # they may be overwritten
             if _quantize.BY_DTYPE[case.dtype].per_element > 1:
@@ -923,32 +956,44 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             if case.quantized:
                 plgpu.commit_smem()  # all threads' zeros, before others load them
 
-        def piece(_, carry):
+        def fetch_queries(place):
+            """Starts the copies of a piece's queries to q_raw, which all threads have read."""
+            head, first_query = _head_and_first_query(case, walk.pair(place))
+            start, last = place[-1] + first_query, refs["q"].shape[0] - 1
+            for j in range(config.block_tokens):
+                # Past the row's last token: another row's, whose results are not written.
+                source = refs["q"].at[jnp.minimum(start + j, last), pl.ds(head * G, G)]
+                # One arrival a token at `q_full`, where this warpgroup waits for all.
+                plgpu.copy_gmem_to_smem(source, q_raw.at[pl.ds(j * G, G)], q_full.at[consumer])
+
+        def piece(number, carry):
             tiles_done, place = carry
-            row, turn, begin, length, low, num_queries, first_token = place
-            pair = pair_of(turn)
-            base, tiles = base_of(low), tiles_of(place)
-            end = piece_end(place, num_tiles - tiles_done)
+            row, _, begin, length, low, num_queries, first_token = place
+            pair = walk.pair(place)
+            base, tiles = walk.base_of(low), walk.tiles_of(place)
+            end = walk.piece_end(place, num_tiles - tiles_done)
+            next_place = walk.move(place, end)
             _, first_query = _head_and_first_query(case, pair)
             low_columns, high_columns = _limits_of_columns(
                 case, length - base, num_queries, first_query, window
             )
             low_any = low - base if case.windowed else None
 
-            plgpu.barrier_wait(q_full)  # this piece's queries are in q_raw
+            plgpu.barrier_wait(q_full.at[consumer])  # this piece's queries are in q_raw
             queries = plgpu.load(q_raw.T, layout=MATRIX_T, optimized=False)
             if case.operand == jnp.float16 != case.q_dtype:
                 most = float(jnp.finfo(jnp.float16).max)
                 queries = jnp.clip(queries.astype(jnp.float32), -most, most)
             q_s.T[...] = queries.astype(case.operand)
-            plgpu.commit_smem()  # all threads' queries, before the matrix unit reads them
-            plgpu.barrier_arrive(q_free)  # q_raw may be overwritten
+            plgpu.commit_smem()  # all threads' queries, before the matrix unit reads them; q_raw may be overwritten
+            pl.when(number + 1 < num_pieces)(lambda: fetch_queries(next_place))
 
             def tile(t, carry):
                 acc, m, l = carry
-                slot = lax.rem(tiles_done + (t - begin), stages)
+                stage = lax.rem(tiles_done + (t - begin), stages)
+                slot = consumer * stages + stage
                 plgpu.barrier_wait(k_full.at[slot])  # this tile's keys and scales, and the note about its holes
-                holes = notes[NOTES + slot]
+                holes = own_notes[NOTES + stage]
                 if case.quantized:
                     s = quantized_scores(slot)
                     of_keys, log_of_values, inverse_of_values = scales_of(slot)
@@ -965,7 +1010,8 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 # A select: keys that are not the row's may be NaN.
                 s = jnp.where(visible, s, jnp.full_like(s, -jnp.inf))
 
-                m_new = jnp.maximum(m, s.max(axis=0))
+                # Buffers in turn: while one is read, none can be two tiles ahead.
+                m_new = jnp.maximum(m, reduce_columns(s, jnp.max, maxima.at[lax.rem(t, 2)], **interpreted))
                 rescale = jnp.exp2(m - m_new)
                 p = jnp.exp2(s - _per_column(m_new, TILE))
                 weight = p * inverse_of_values if case.quantized else p
@@ -990,7 +1036,7 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 return acc, m_new, l
 
             acc, m, l = lax.fori_loop(begin, end, tile, start)
-            l = l.sum(axis=0)
+            l = reduce_columns(l, jnp.sum, maxima.at[lax.rem(end, 2)], **interpreted)
             where = row, pair, num_queries, first_token
             finish = functools.partial(
                 _finish, case, where=where, sinks=refs.get("sinks"), outs=refs, o_s=o_s
@@ -1002,8 +1048,9 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             def _():
                 if config.piece_len is None:
                     at = jnp.where(begin == 0, config.num_programs + program, program)
-                    join = jnp.where(begin == 0, group + 1, range_line(JOIN)) * lanes + lane
-                    others = jnp.where(begin == 0, range_line(NEXT_PARTS), range_line(JOIN_PARTS))
+                    after = lax.div(program, config.lanes) + 1
+                    join = jnp.where(begin == 0, after, walk.range_line(JOIN)) * config.lanes + lane
+                    others = walk.range_line(jnp.where(begin == 0, NEXT_PARTS, JOIN_PARTS))
                 else:
                     join = row * case.pairs + pair
                     at = join * case.max_pieces + lax.div(begin, _piece_tiles(config.piece_len, tiles))
@@ -1012,25 +1059,27 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 refs["stats"][at, 0] = m
                 refs["stats"][at, 1] = l
                 if config.fused_join:
-                    notes[0] = others
+                    own_notes[0] = others
                     num_joins = _num_joins(config, tables.shape[0], case.pairs)
                     counter = lax.rem(layer, COUNTER_SETS) * num_joins + join
                     line = case.num_ranges + tables.shape[0] + lax.div(counter, plan.shape[1])
-                    arrive(plan.at[line, lax.rem(counter, plan.shape[1])], notes)
+                    arrive(plan.at[line, lax.rem(counter, plan.shape[1])], own_notes.at[pl.ds(0, NOTES)])
 
-                    @pl.when(notes[1] == others)
+                    @pl.when(own_notes[1] == others)
                     def _():
                         finish(*_join(case, refs["partials"], refs["stats"], *_parts(case, join), others))
 
-            return tiles_done + (end - begin), move(place, end)
+            return tiles_done + (end - begin), next_place
 
+        num_pieces, first_place = walk.count(PIECES), walk.first_place()
+        pl.when(num_pieces > 0)(lambda: fetch_queries(first_place))
         lax.fori_loop(0, num_pieces, piece, (0, first_place))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # shared memory must outlive the last copies
 
 
 def _join_body(refs: dict[str, Any], case: _Case, o_s: Any) -> None:
     """One program of the second kernel: one join."""
-    plan, join = refs["plan"], lax.axis_index("program")
+    plan, join, o_s = refs["plan"], lax.axis_index("block"), o_s.at[0]
     if case.config.piece_len is None:
         group, lane = lax.div(join, case.config.lanes), lax.rem(join, case.config.lanes)
         row, turn, queries, start = (plan[group, x] for x in (ROW, TURN, QUERIES, START))
@@ -1202,7 +1251,7 @@ def _launch(inputs: dict[str, Any], case: _Case, interpret: Any) -> tuple[Any, A
 
         return plgpu.kernel(
             with_names,
-            grid_names=("program",),
+            grid_names=("block",),
             thread_name="thread",
             compiler_params=plgpu.CompilerParams(approx_math=True),
             kernel_name=name,
@@ -1219,14 +1268,15 @@ def _launch(inputs: dict[str, Any], case: _Case, interpret: Any) -> tuple[Any, A
         dtype=case.dtype,
         q_dtype=case.q_dtype,
         token_scales=case.token_scales,
+        consumers=case.config.consumers,
     )
     attend = kernel(
         _attend_body,
         "paxcache_decode",
         in_names + out_names,
         out_type=tuple(outs.values()),
-        grid=(programs,),
-        num_threads=2,
+        grid=(case.num_blocks,),
+        num_threads=case.config.consumers + 1,
         scratch_types=scratch,
     )
     results = dict(zip(out_names, attend(*inputs.values()), strict=True))
