@@ -352,23 +352,22 @@ def quantized(batch: Batch, name: str, scales: str) -> tuple[Batch, Batch]:
 
 
 def run_quantized(limits: Limits, report: Report, seed: int) -> None:
+    def measure(title, batch, expected, **options):
+        contestants = [Contestant("mosaic_gpu", functools.partial(paged, batch, "mosaic_gpu"))]
+        if limits.quick:
+            contestants.append(Contestant("xla", functools.partial(paged, batch, "xla")))
+        return compare(report, "quantized", title, contestants, wrong=close_to(expected), **options)
+
     forms = [(name, "per_token_head") for name in ("fp8_e4m3", "int8", "int4")] + [("fp8_e4m3", "per_tensor")]
     for name in ("16 x 4k", "64 x 4k", "64 ragged 2k-8k", "64k + 127 x 512"):
         with report.guarded("quantized", name):
             batch = make_batch(seed, attention_cases("decode", limits.quick)[name], 16)
-
-            def measure(title, batch, expected):
-                contestants = [Contestant("mosaic_gpu", functools.partial(paged, batch, "mosaic_gpu"))]
-                if limits.quick:
-                    contestants.append(Contestant("xla", functools.partial(paged, batch, "xla")))
-                work = batch.read_bytes
-                options: dict[str, Any] = dict(work=work, limit_us=limits.read_us(work))
-                return compare(report, "quantized", title, contestants, wrong=close_to(expected), **options)
-
-            plain = measure(f"{name}, bfloat16", batch, reference(batch))
+            read = {"work": batch.read_bytes, "limit_us": limits.read_us(batch.read_bytes)}
+            plain = measure(f"{name}, bfloat16", batch, reference(batch), **read)
             for form, scales in forms:
                 stored, numbers = quantized(batch, form, scales)
-                timed = measure(f"{name}, {form}, {scales}", stored, reference(numbers))
+                read = {"work": stored.read_bytes, "limit_us": limits.read_us(stored.read_bytes)}
+                timed = measure(f"{name}, {form}, {scales}", stored, reference(numbers), **read)
                 allowed = limits.read_us(batch.read_bytes) / limits.read_us(stored.read_bytes)
                 for ours, result in timed.items():
                     if result.us and plain[ours].us:
@@ -376,6 +375,12 @@ def run_quantized(limits: Limits, report: Report, seed: int) -> None:
                         result.note = f"gain {gain:.2f}, {gain / allowed:.2f} of the {allowed:.2f} allowed"
                         print(f"    {ours}: {result.note}", flush=True)
                         report.save()
+    with report.guarded("quantized", "prefill"):
+        batch = make_batch(seed, attention_cases("prefill", limits.quick)["1 x 8k"], 16)
+        rate = {"work": batch.flops, "unit": "TFLOP/s", "limit_us": batch.flops / limits.flops_per_us()}
+        for form in ("fp8_e4m3", "int8", "int4"):
+            stored, numbers = quantized(batch, form, "per_token_head")
+            measure(f"prefill 1 x 8k, {form}", stored, reference(numbers), **rate)
 
 
 def run_prefill(limits: Limits, report: Report, seed: int) -> None:

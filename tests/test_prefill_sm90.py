@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as Spec
 import aot
 from paxcache.kernels import _mosaic, attention_sm90, decode_sm90, prefill_sm90
 from paxcache.kernels._attention import check_supported
-from rows import LAYERS, Case, assert_right, make_inputs
+import rows
+from rows import Case, make_inputs, pool_shape
 
 CASES = {
     "one row on a context": Case(lens=(200,), query_lens=(150,), head_dim=128, kv_heads=1, group=2),
@@ -47,6 +48,21 @@ CASES = {
     "a window of all, not causal": Case(
         lens=(150,), query_lens=(70,), kv_heads=1, group=2, window=2**31 - 1, causal=False
     ),
+    "fp8_e4m3, prompts, single tokens, gaps": Case(
+        lens=(390, 300, 140, 3), query_lens=(150, 1, 40, 3), head_dim=128, kv_heads=1, group=2, gaps=True,
+        quantization="fp8_e4m3",
+    ),
+    "int8, window, holes, sinks, float16": Case(
+        lens=(390, 230), query_lens=(100, 70), kv_heads=1, group=2, window=100, sinks=True, page_size=8,
+        holes=((0, 38), (1, 19)), dtype=jnp.float16, quantization="int8",
+    ),
+    "int4, scales of layers": Case(
+        lens=(200, 30), query_lens=(90, 20), head_dim=128, kv_heads=1, group=3, page_size=48, quantization="int4",
+        layer_scales=True,
+    ),
+    "fp8_e5m2, head dim 96": Case(
+        lens=(190,), query_lens=(100,), head_dim=96, kv_heads=1, group=2, page_size=128, quantization="fp8_e5m2"
+    ),
     "fewer tokens than a tile": Case(lens=(50, 20), query_lens=(20, 1), kv_heads=2, group=1, sinks=True),
 }  # fmt: skip
 
@@ -58,6 +74,12 @@ def shapes(case: Case) -> dict[str, Any]:
         "head_dim": case.head_dim,
         "page_size": case.page_size,
     }
+
+
+def assert_right(case: Case, inputs: dict[str, Any], out: jax.Array, lse: jax.Array) -> None:
+    # Prefill multiplies quantised numbers as the queries' dtype can hold them.
+    rounding = 0.0 if case.quantization is None else 2 * float(jnp.finfo(case.dtype).eps)
+    rows.assert_right(case, inputs, out, lse, lse_tolerance=max(1e-4, rounding))
 
 
 def run(case: Case, inputs: dict[str, Any], **options: Any) -> tuple[jax.Array, jax.Array | None]:
@@ -185,7 +207,7 @@ def make_plan(
     T = inputs["q"].shape[0]
     sizes = shapes(case) | {"num_heads": num_heads}
     return attention_sm90.make_plan(
-        *rows, num_tokens=T, max_query_len=T, dtype=case.dtype, sliding_window=case.window, causal=case.causal,
+        *rows, num_tokens=T, max_query_len=T, dtype=case.kv_dtype, sliding_window=case.window, causal=case.causal,
         **sizes, **options,
     )  # fmt: skip
 
@@ -278,7 +300,9 @@ def test_plan_covers_what_is_seen(seed, window, causal):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"kv_dtype": jnp.float32, "q_dtype": jnp.float32}, "bfloat16 or float16"),
+        ({"kv_dtype": jnp.float32, "q_dtype": jnp.float32}, "bfloat16, float16 or quantised"),
+        ({"kv_dtype": jnp.int8, "q_dtype": jnp.float32}, "quantised pages must be bfloat16 or float16"),
+        ({"kv_dtype": jnp.uint8, "head_dim": 64, "v_head_dim": 64}, "multiple of 128"),
         ({"q_dtype": jnp.float32}, "share a dtype"),
         ({"v_head_dim": 64}, "one width"),
         ({"head_dim": 80, "v_head_dim": 80}, "head_dim must be"),
@@ -301,6 +325,9 @@ FEATURES = [
     Case(lens=(), kv_heads=2, head_dim=64, group=8, window=100, soft_cap=30.0, sinks=True),
     Case(lens=(), kv_heads=8, head_dim=96, group=5, page_size=64, dtype=jnp.float16, window=100),
     Case(lens=(), kv_heads=1, head_dim=128, group=7, page_size=128, causal=False, sinks=True),
+    Case(lens=(), kv_heads=8, head_dim=128, quantization="fp8_e4m3"),
+    Case(lens=(), kv_heads=8, head_dim=128, quantization="int8", layer_scales=True, dtype=jnp.float16, window=100),
+    Case(lens=(), kv_heads=2, head_dim=128, group=5, quantization="int4", page_size=64, soft_cap=30.0),
 ]
 
 
@@ -323,9 +350,9 @@ def compile_case(case: Case) -> aot.Compiled:
     H, i32, f32 = case.kv_heads * case.group, jnp.int32, jnp.float32
     row, scalar = jax.ShapeDtypeStruct((B,), i32), jax.ShapeDtypeStruct((), i32)
     q = jax.ShapeDtypeStruct((T, H, case.head_dim), case.dtype)
-    pool = jax.ShapeDtypeStruct((LAYERS, P, case.kv_heads, case.page_size, case.head_dim), case.dtype)
+    pool = pool_shape(case, P)
     limits = _mosaic.DeviceLimits()
-    config = prefill_sm90.default_config(head_dim=case.head_dim, dtype=case.dtype, limits=limits)
+    config = prefill_sm90.default_config(head_dim=case.head_dim, dtype=case.kv_dtype, limits=limits)
 
     def f(out, lse, q, k, v, layer, tables, lens, starts, query_lens, scale, window, sinks):
         window = None if case.window is None else window
@@ -347,8 +374,8 @@ def compile_case(case: Case) -> aot.Compiled:
 def assert_fits(case: Case, compiled: aot.Compiled) -> None:
     (kernel,) = compiled.kernels
     assert kernel.spill_bytes == 0
-    P, K, S, D = 1000, case.kv_heads, case.page_size, case.head_dim
-    assert not re.search(rf"= \S*\[{LAYERS},{P},{K},{S},{D}\]\S* copy\(", compiled.hlo)
+    sizes = ",".join(map(str, jax.tree.leaves(pool_shape(case, 1000))[0].shape))
+    assert not re.search(rf"= \S*\[{sizes}\]\S* copy\(", compiled.hlo)
 
 
 @pytest.mark.skipif(not aot.available(), reason="JAX's CUDA plug-in is not installed")

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
 from paxcache import _quantize
 from paxcache.kernels._mosaic import DeviceLimits, device_limits
@@ -61,33 +60,9 @@ def check_supported(
 
 
 def operand_dtype(kv_dtype: Any) -> Any:
-    """What the matrix unit gets of pages of a dtype. Quantised values are exact in it, before their scales.
-
-    The hardware converts fp8 to float16 alone, and Mosaic has a fast way from int8 to bfloat16 alone.
-    """
-    form = _quantize.BY_DTYPE.get(jnp.dtype(kv_dtype))
-    if form is None:
-        return jnp.dtype(kv_dtype)
-    return jnp.dtype(jnp.float16 if jnp.issubdtype(form.dtype, jnp.floating) else jnp.bfloat16)
-
-
-def unpack(stored: Any, dtype: Any) -> list[Any]:
-    """Quantised values in registers as numbers of `operand_dtype`, without their scales; several in order of columns.
-
-    Args:
-      stored: as loaded from pages; a byte of two 4-bit integers has column d in its low bits, d + D/2 in its high ones.
-      dtype: of the result.
-    """
-    if _quantize.BY_DTYPE[jnp.dtype(stored.dtype)].per_element == 1:
-        return [stored.astype(dtype)]
-
-    def bits(mask):
-        return lax.bitwise_and(stored, jnp.full_like(stored, mask))
-
-    # There is no fast way from 4 bits at these layouts. Low bits: the sign bit flipped, a number is 8 too large.
-    low = lax.bitwise_xor(bits(0x0F), jnp.full_like(stored, 0x08)).astype(jnp.int8).astype(dtype)
-    high = bits(0xF0).astype(jnp.int8).astype(dtype)  # 16 times too large
-    return [low - jnp.full_like(low, 8), high * jnp.full_like(high, 1 / 16)]
+    """What the matrix unit gets of pages of a dtype: float16 of quantised ones, exact before their scales."""
+    kv_dtype = jnp.dtype(kv_dtype)
+    return jnp.dtype(jnp.float16) if kv_dtype in _quantize.BY_DTYPE else kv_dtype
 
 
 def soft_cap(x: Any, cap: float) -> Any:

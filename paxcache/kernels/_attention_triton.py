@@ -154,7 +154,7 @@ def load_tile(
 
     `slots` counts slots of single heads from the beginning of the pool. Without MASKED all are present.
     """
-    PER_BYTE: tl.constexpr = 2 if FORM == "int4" else 1
+    PER_BYTE: tl.constexpr = tl.constexpr(2 if FORM == "int4" else 1)
     STORED: tl.constexpr = WIDTH // PER_BYTE
     column = tl.arange(0, PAD // PER_BYTE)
     pointers = pool + slots[:, None] * STORED + column[None, :]
@@ -176,8 +176,16 @@ def load_tile(
             half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
             return tl.where((bits & 0x7F) == 0x7F, float("nan"), half * 256.0).to(PRODUCTS)
     elif FORM == "int4":
-        signed = raw.to(tl.int8, bitcast=True)
-        return tl.interleave((signed << 4) >> 4, signed >> 4).to(PRODUCTS)
+        # In the last bits of a power of two, whose last place is 1, stands the number plus 8.
+        bits = raw.to(tl.uint16)
+        if tl.bfloat16 == PRODUCTS:
+            low, high = (bits & 0xF) ^ 0x4308, (bits >> 4) ^ 0x4308
+            low, high = low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True)
+            return tl.interleave(low - 136.0, high - 136.0)
+        else:
+            low, high = (bits & 0xF) ^ 0x6408, (bits >> 4) ^ 0x6408
+            low, high = low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True)
+            return tl.interleave(low - 1032.0, high - 1032.0).to(PRODUCTS)
     else:
         return raw.to(PRODUCTS)
 

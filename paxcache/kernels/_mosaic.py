@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,12 +33,13 @@ __all__ = [
     "COPY_DTYPES",
     "DeviceLimits",
     "arrive",
+    "dequantize",
     "device_limits",
     "gather",
     "in_place",
     "interpreter",
     "issue_loads",
-    "load_transposed",
+    "load_bytes",
     "matrix_tiles",
     "off_mesh",
     "pl",
@@ -45,6 +47,7 @@ __all__ = [
     "reduce_columns",
     "row_layout",
     "scatter",
+    "store_queries",
     "store_untransposed",
     "varying_like",
 ]
@@ -98,85 +101,239 @@ def matrix_tiles(row_bytes: int, dtype: Any) -> tuple[Any, Any]:
     raise NotImplementedError(f"rows of {row_bytes} bytes: the matrix unit needs a multiple of 32")
 
 
-def load_transposed(ref: Any, dtype: Any, *, interpreted: bool) -> Any:
-    """A tile of bytes [tokens, row] as numbers [columns, tokens] in registers, in the layout of the matrix unit.
+def _i32(x: int) -> Any:
+    return arith.constant(ir.IntegerType.get_signless(32), x)
 
-    A row has a column a byte. Where it has two (uint8), the results are int8 and 16 times too large: all low halves
-    come first, then all high ones, each with its sign.
 
-    Columns are padded to 64 with numbers that mean nothing, and *permuted*: of each 16 the even ones stand first, then
-    the odd ones. The hardware transposes pairs of bytes; taken apart, a pair gives two rows that lie 8 apart.
-    `store_untransposed` undoes it for what is computed row by row. The interpreter permutes nothing.
+def _place() -> tuple[Any, Any]:
+    """The calling thread's warp in its warpgroup, and its lane."""
+    thread = arith.remui(mgpu_utils.thread_idx(), _i32(THREADS))
+    return arith.divui(thread, _i32(32)), arith.remui(thread, _i32(32))
+
+
+def _swizzle(row_bytes: int) -> int:
+    """The bytes of a tile's row in `matrix_tiles`."""
+    return next(x for x in (128, 64, 32) if row_bytes % x == 0)
+
+
+def _tile_address(row: Any, byte: Any, row_bytes: int, swizzle: int) -> Any:
+    """Where a byte of a matrix lies in shared memory: tiles of 8 rows side by side, their 16-byte parts permuted."""
+    tile = arith.addi(
+        arith.muli(arith.divui(row, _i32(8)), _i32(row_bytes // swizzle)), arith.divui(byte, _i32(swizzle))
+    )
+    line = arith.addi(arith.muli(tile, _i32(8)), arith.remui(row, _i32(8)))
+    address = arith.addi(arith.muli(line, _i32(swizzle)), arith.remui(byte, _i32(swizzle)))
+    part = arith.andi(arith.shrui(address, _i32(7)), _i32(swizzle // 16 - 1))
+    return arith.xori(address, arith.shli(part, _i32(4)))
+
+
+def _load_four(base: Any, address: Any, layout: Any) -> list[Any]:
+    """Four matrices of 8 rows of 16 bytes, of which each lane gives the address of one row."""
+    loaded = nvvm.ldmatrix(
+        mgpu_utils.getelementptr(base, [address], ir.IntegerType.get_signless(8)),
+        layout=layout,
+        num=4,
+        shape=ir.Attribute.parse("#nvvm.ld_st_matrix_shape<m=8, n=8>"),
+        elt_type=nvvm.LdStMatrixEltType.B16,
+    )
+    return [llvm.extractvalue(ir.IntegerType.get_signless(32), loaded, [i]) for i in range(4)]
+
+
+def _as_halves(stored: Any, dtype: Any, pairs: Sequence[tuple[int, int]]) -> list[list[Any]]:
+    """Pairs of the four bytes of a register as float16[2]; the numbers of 4 bits in two lists, of the low ones first.
+
+    Integers take the place of the mantissa's last bits of 1024, and lose their offset by one subtraction, exactly.
+    """
+    i16, i32 = ir.IntegerType.get_signless(16), ir.IntegerType.get_signless(32)
+    halves = ir.VectorType.get((2,), ir.F16Type.get())
+    if jnp.issubdtype(dtype, jnp.floating):
+        name = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}[jnp.dtype(dtype).name]
+
+        def convert(first, second):
+            two = mgpu_utils.prmt(stored, stored, _i32(first | second << 4))
+            instruction = f"cvt.rn.f16x2.{name}x2 $0, $1;"
+            return mgpu_utils.inline_ptx(instruction, arith.trunci(i16, two), result_types=i32)
+
+        return [[mgpu_utils.bitcast(convert(*pair), halves) for pair in pairs]]
+
+    if dtype == jnp.int8:
+        numbers, offset = [arith.xori(stored, _i32(0x80808080 - (1 << 32)))], 1024 + 128
+    else:
+        nibbles, low = arith.xori(stored, _i32(0x88888888 - (1 << 32))), _i32(0x0F0F0F0F)
+        numbers, offset = [arith.andi(x, low) for x in (nibbles, arith.shrui(nibbles, _i32(4)))], 1024 + 8
+    f16 = ir.FloatAttr.get(ir.F16Type.get(), float(offset))
+    offsets = arith.constant(halves, ir.DenseElementsAttr.get_splat(halves, f16))
+
+    def shifted(number, first, second):
+        two = mgpu_utils.prmt(number, _i32(0x64646464), _i32(0x4040 | first | second << 8))
+        return arith.subf(mgpu_utils.bitcast(two, halves), offsets)
+
+    return [[shifted(number, *pair) for pair in pairs] for number in numbers]
+
+
+def _interpreted_halves(stored: Any) -> Any:
+    if stored.dtype == jnp.uint8:
+        bits = stored.astype(jnp.int8)
+        return jnp.concatenate([(bits << 4) >> 4, bits >> 4], axis=1).astype(jnp.float16)
+    return stored.astype(jnp.float16)
+
+
+def load_bytes(ref: Any, dtype: Any, *, transposed: bool, interpreted: bool) -> Any:
+    """A tile of quantised numbers [tokens, columns] as float16 in registers, as the matrix unit takes its left operand.
+
+    Bytes are loaded four at once and taken apart, which *permutes* the columns; `store_queries` and
+    `store_untransposed` do the same to what they meet. The interpreter permutes nothing.
 
     Args:
-      ref: in shared memory, with the transforms of `matrix_tiles`.
+      ref: [tokens, row of bytes] in shared memory, with the transforms of `matrix_tiles`. Of bytes of two numbers
+        (uint8) the low bits are the first half of the columns.
       dtype: of the bytes.
+      transposed: False: [tokens, columns], and of each 16 columns number ``8 h + 2 q + j`` holds column
+        ``4 q + 2 h + j``. True: [columns, tokens], of each 16 columns the even ones stand first, then the odd ones, and
+        they are padded to 64 with numbers that mean nothing.
       interpreted: whether the interpreter runs the kernel.
     """
     tokens, row_bytes = ref.shape
-    halves = 2 if dtype == jnp.uint8 else 1
-    columns = halves * (-(-row_bytes // 64) * 64)
+    lists = 2 if dtype == jnp.uint8 else 1
+    padded = -(-row_bytes // 64) * 64 if transposed else row_bytes
+    shape = (lists * padded, tokens) if transposed else (tokens, lists * padded)
     if interpreted:
-        stored = ref[...].T
-        if halves > 1:
-            stored = jnp.concatenate([stored << 4, stored & 0xF0]).astype(jnp.int8)
-        return jnp.pad(stored, ((0, columns - stored.shape[0]), (0, 0)))
-    result_dtype = jnp.dtype(jnp.int8 if halves > 1 else dtype)
-    layout = fragmented_array.WGMMA_LAYOUT
-    swizzle = next(x for x in (128, 64, 32) if row_bytes % x == 0)
+        numbers = _interpreted_halves(ref[...])
+        return jnp.pad(numbers.T, ((0, shape[0] - numbers.shape[1]), (0, 0))) if transposed else numbers
+    layout, swizzle = fragmented_array.WGMMA_LAYOUT, _swizzle(row_bytes)
 
     def load(_, ref):
-        i8, i16, i32 = (ir.IntegerType.get_signless(n) for n in (8, 16, 32))
-
-        def c(x):
-            return arith.constant(i32, x)
-
-        thread = arith.remui(mgpu_utils.thread_idx(), c(THREADS))
-        warp, lane = arith.divui(thread, c(32)), arith.remui(thread, c(32))
+        warp, lane = _place()
         base = mgpu_utils.memref_ptr(ref)
-        element = ir.VectorType.get((2,), mgpu_utils.dtype_to_ir_type(result_dtype))
-        registers = np.empty(layout.registers_shape((columns, tokens)), dtype=object)
-        for block in range(columns // halves // 64):
-            byte = arith.addi(c(64 * block), arith.muli(warp, c(16)))  # first of the warp's 16 columns
-            byte = arith.minui(byte, c(row_bytes - 16))  # past the end: any
-            for first in range(0, tokens, 32):
-                # Each lane has the address of a token's 16 bytes: rows of 8, as wide as the swizzle, side by side.
-                token = arith.addi(c(first), lane)
-                tile = arith.addi(
-                    arith.muli(arith.divui(token, c(8)), c(row_bytes // swizzle)), arith.divui(byte, c(swizzle))
-                )
-                row = arith.addi(arith.muli(tile, c(8)), arith.remui(token, c(8)))
-                address = arith.addi(arith.muli(row, c(swizzle)), arith.remui(byte, c(swizzle)))
-                chunk = arith.andi(arith.shrui(address, c(7)), c(swizzle // 16 - 1))
-                address = arith.xori(address, arith.shli(chunk, c(4)))
-                loaded = nvvm.ldmatrix(
-                    mgpu_utils.getelementptr(base, [address], i8),
-                    layout=nvvm.MMALayout.col,
-                    num=4,
-                    shape=ir.Attribute.parse("#nvvm.ld_st_matrix_shape<m=8, n=8>"),
-                    elt_type=nvvm.LdStMatrixEltType.B16,
-                )
-                for i in range(4):
-                    pairs = llvm.extractvalue(i32, loaded, [i])
-                    for half in range(halves):
-                        if halves > 1:
-                            moved = arith.shli(pairs, c(4)) if half == 0 else pairs
-                            bits = arith.andi(moved, c(0xF0F0F0F0 - (1 << 32)))
-                        else:
-                            bits = pairs
-                        for odd in range(2):
-                            two = mgpu_utils.prmt(bits, bits, c(0x3120 >> (8 * odd) & 0xFF))
-                            at = block + half * (columns // halves // 64), first // 8 + i, 0, 0, odd
-                            value = mgpu_utils.bitcast(arith.trunci(i16, two), element)
-                            registers[(*at, *[0] * (registers.ndim - 5))] = value
-        signed = mgpu_utils.is_signed(result_dtype)
-        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
+        registers = np.empty(layout.registers_shape(shape), dtype=object)
+        flat = registers.reshape(*registers.shape[:2], 2)  # blocks of 64 rows, of 8 columns; upper and lower rows
 
-    shape: Any = plgpu.ShapeDtypeStruct((columns, tokens), result_dtype, layout=plgpu.Layout.WGMMA)
-    inlined: Any = plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(matrix_tiles(row_bytes, jnp.dtype(dtype))),), return_type=shape
-    )
+        def load_four(row, byte, order):
+            return _load_four(base, _tile_address(row, byte, row_bytes, swizzle), order)
+
+        if transposed:  # a register has two tokens of two columns
+            for block, first in itertools.product(range(padded // 64), range(0, tokens, 32)):
+                byte = arith.addi(_i32(64 * block), arith.muli(warp, _i32(16)))
+                byte = arith.minui(byte, _i32(row_bytes - 16))  # past the end: any
+                four = load_four(arith.addi(_i32(first), lane), byte, nvvm.MMALayout.col)
+                for i, stored in enumerate(four):
+                    for x, numbers in enumerate(_as_halves(stored, dtype, ((0, 2), (1, 3)))):
+                        flat[block + x * padded // 64, first // 8 + i] = numbers
+        else:  # a register has four columns of a token
+            row = arith.addi(arith.muli(warp, _i32(16)), arith.remui(lane, _i32(16)))
+            for sixteen in range(0, row_bytes // 16, 2):
+                byte = arith.muli(arith.addi(_i32(sixteen), arith.divui(lane, _i32(16))), _i32(16))
+                four = load_four(row, byte, nvvm.MMALayout.row)
+                for i, stored in enumerate(four):
+                    for x, numbers in enumerate(_as_halves(stored, dtype, ((0, 1), (2, 3)))):
+                        at = (x * row_bytes + 16 * (sixteen + i // 2)) // 8
+                        flat[0, at : at + 2, i % 2] = numbers
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    result: Any = plgpu.ShapeDtypeStruct(shape, jnp.float16, layout=plgpu.Layout.WGMMA)
+    transforms = plgpu.RefType(matrix_tiles(row_bytes, jnp.dtype(dtype)))
+    inlined: Any = plgpu.inline_mgpu(arg_types=(transforms,), return_type=result)
     return inlined(load)(ref)
+
+
+def store_queries(raw: Any, ref: Any, *, tile_bytes: int, interpreted: bool) -> None:
+    """Copies queries as float16, with columns in the order of `load_bytes`; what is too large saturates.
+
+    Args:
+      raw: halves [columns, D] in shared memory, without transforms.
+      ref: float16, of the same shape, with the transforms of `matrix_tiles` for rows of `tile_bytes`.
+      tile_bytes: see there.
+      interpreted: whether the interpreter runs the kernel.
+    """
+    N, D = raw.shape
+    largest = float(jnp.finfo(jnp.float16).max)
+    if interpreted:
+        ref[...] = jnp.clip(raw[...].astype(jnp.float32), -largest, largest).astype(jnp.float16)
+        return
+    swizzle = _swizzle(tile_bytes)
+
+    def store(_, raw, ref):
+        i32, f16, f32 = ir.IntegerType.get_signless(32), ir.F16Type.get(), ir.F32Type.get()
+        halves = ir.VectorType.get((2,), f16)
+        pair = ir.VectorType.get((2,), ir.MemRefType(raw.type).element_type)
+        base, source = mgpu_utils.memref_ptr(ref), mgpu_utils.memref_ptr(raw)
+        thread = arith.remui(mgpu_utils.thread_idx(), _i32(THREADS))
+        least, most = (arith.constant(f32, ir.FloatAttr.get(f32, x)) for x in (-largest, largest))
+        for first in range(0, N * D // 2, THREADS):
+            unit = arith.addi(_i32(first), thread)
+            row, at = arith.divui(unit, _i32(D // 2)), arith.remui(unit, _i32(D // 2))
+            sixteen, h = arith.divui(at, _i32(8)), arith.andi(arith.shrui(at, _i32(2)), _i32(1))
+            within = arith.addi(arith.muli(arith.andi(at, _i32(3)), _i32(4)), arith.muli(h, _i32(2)))
+            column = arith.addi(arith.muli(sixteen, _i32(16)), within)
+            offset = arith.muli(arith.addi(arith.muli(row, _i32(D)), column), _i32(2))
+            i8 = ir.IntegerType.get_signless(8)
+            two = llvm.load(pair, mgpu_utils.getelementptr(source, [offset], i8))
+            if pair.element_type != f16:
+                numbers = [arith.extf(f32, vector.extract(two, [], [i])) for i in range(2)]
+                numbers = [arith.minimumf(arith.maximumf(x, least), most) for x in numbers]
+                two = vector.from_elements(halves, [arith.truncf(f16, x) for x in numbers])
+            address = _tile_address(row, arith.muli(at, _i32(4)), 2 * D, swizzle)
+            llvm.store(mgpu_utils.bitcast(two, i32), mgpu_utils.getelementptr(base, [address], i8))
+
+    types = plgpu.RefType(), plgpu.RefType(matrix_tiles(tile_bytes, jnp.dtype(jnp.float16)))
+    inlined: Any = plgpu.inline_mgpu(arg_types=types)
+    inlined(store)(raw, ref)
+
+
+def dequantize(stored: Any, target: Any, scales: Any, dtype: Any, *, interpreted: bool) -> None:
+    """A tile of quantised numbers as halves in shared memory, scales included.
+
+    Args:
+      stored: [tokens, row of bytes], with the transforms of `matrix_tiles`. Of bytes of two numbers (uint8) the low bits
+        are the first half of the columns.
+      target: halves [tokens, columns], with the transforms of `matrix_tiles`.
+      scales: f32[tokens or more] in shared memory, or a scalar.
+      dtype: of the bytes.
+      interpreted: whether the interpreter runs the kernel.
+    """
+    (tokens, row_bytes), columns = stored.shape, target.shape[1]
+    by_token = jnp.ndim(scales) > 0
+    if interpreted:
+        numbers = _interpreted_halves(stored[...]).astype(jnp.float32)
+        factors = scales[...][:tokens, None] if by_token else scales
+        target[...] = (numbers * factors).astype(target.dtype)
+        return
+    swizzles = _swizzle(row_bytes), _swizzle(2 * columns)
+
+    def convert(_, stored, target, scales):
+        i8, i32, f32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32), ir.F32Type.get()
+        half = ir.MemRefType(target.type).element_type
+        source, base = mgpu_utils.memref_ptr(stored), mgpu_utils.memref_ptr(target)
+        thread = arith.remui(mgpu_utils.thread_idx(), _i32(THREADS))
+        eights = row_bytes // 8
+        for first in range(0, tokens * eights, THREADS):
+            unit = arith.addi(_i32(first), thread)
+            row, byte = arith.divui(unit, _i32(eights)), arith.muli(arith.remui(unit, _i32(eights)), _i32(8))
+            address = _tile_address(row, byte, row_bytes, swizzles[0])
+            words = llvm.load(ir.VectorType.get((2,), i32), mgpu_utils.getelementptr(source, [address], i8))
+            if by_token:
+                factor = memref.load(scales, [arith.index_cast(ir.IndexType.get(), row)])
+            else:
+                factor = scales.registers.item()
+            pairs = [_as_halves(vector.extract(words, [], [i]), dtype, ((0, 1), (2, 3))) for i in range(2)]
+            for x, parts in enumerate(zip(*pairs, strict=True)):
+                halves = [vector.extract(two, [], [i]) for part in parts for two in part for i in range(2)]
+                numbers = [arith.mulf(arith.extf(f32, n), factor) for n in halves]
+                eight = vector.from_elements(
+                    ir.VectorType.get((8,), half), [arith.truncf(half, n) for n in numbers]
+                )
+                column = arith.addi(byte, _i32(x * row_bytes))
+                address = _tile_address(row, arith.muli(column, _i32(2)), 2 * columns, swizzles[1])
+                packed = mgpu_utils.bitcast(eight, ir.VectorType.get((4,), i32))
+                llvm.store(packed, mgpu_utils.getelementptr(base, [address], i8))
+
+    types = (
+        plgpu.RefType(matrix_tiles(row_bytes, jnp.dtype(dtype))),
+        plgpu.RefType(matrix_tiles(2 * columns, jnp.dtype(target.dtype))),
+        plgpu.RefType() if by_token else plgpu.Layout.WG_SPLAT(()),
+    )
+    inlined: Any = plgpu.inline_mgpu(arg_types=types)
+    inlined(convert)(stored, target, scales)
 
 
 def reduce_columns(x: Any, reduction: Any, scratch: Any, *, interpreted: bool) -> Any:
@@ -199,18 +356,13 @@ def reduce_columns(x: Any, reduction: Any, scratch: Any, *, interpreted: bool) -
     layout: Any = plgpu.Layout.WGMMA.reduce(0)
 
     def reduce(_, x, scratch):
-        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-        pair = ir.VectorType.get((2,), ir.F32Type.get())
-
-        def c(x):
-            return arith.constant(i32, x)
-
-        thread = arith.remui(mgpu_utils.thread_idx(), c(THREADS))
-        warp = arith.index_cast(index, arith.divui(thread, c(32)))
-        first = arith.muli(arith.remui(thread, c(4)), c(2))
+        index, pair = ir.IndexType.get(), ir.VectorType.get((2,), ir.F32Type.get())
+        warp, lane = _place()
+        warp = arith.index_cast(index, warp)
+        first = arith.muli(arith.remui(lane, _i32(4)), _i32(2))
         registers = x.registers.reshape(x.registers.shape[1], 2)
         columns = [
-            arith.index_cast(index, arith.addi(first, c(8 * eight))) for eight in range(len(registers))
+            arith.index_cast(index, arith.addi(first, _i32(8 * eight))) for eight in range(len(registers))
         ]
         for column, (upper, lower) in zip(columns, registers, strict=True):
             both = combine(upper, lower)
@@ -232,7 +384,7 @@ def reduce_columns(x: Any, reduction: Any, scratch: Any, *, interpreted: bool) -
 
 
 def store_untransposed(values: Any, ref: Any) -> None:
-    """Puts [columns, n] in the order of `load_transposed` into a plain buffer [n, columns] in the right one.
+    """Puts [columns, n] in the order of `load_bytes`, transposed, into a plain buffer [n, columns] in the right one.
 
     Args:
       values: halves, in the layout of the matrix unit.
@@ -240,28 +392,20 @@ def store_untransposed(values: Any, ref: Any) -> None:
     """
 
     def store(_, values, ref):
-        i32 = ir.IntegerType.get_signless(32)
+        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
         pair = ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
-
-        def c(x):
-            return arith.constant(i32, x)
-
-        def index(x):
-            return arith.index_cast(ir.IndexType.get(), x)
-
-        thread = arith.remui(mgpu_utils.thread_idx(), c(THREADS))
-        warp, lane = arith.divui(thread, c(32)), arith.remui(thread, c(32))
-        first_row = arith.muli(arith.remui(lane, c(4)), c(2))
-        first_column = arith.addi(
-            arith.muli(warp, c(16)), arith.muli(arith.divui(lane, c(4)), c(2))
-        )
+        warp, lane = _place()
+        first_row = arith.muli(arith.remui(lane, _i32(4)), _i32(2))
+        first_column = arith.muli(arith.divui(lane, _i32(4)), _i32(2))
+        first_column = arith.addi(arith.muli(warp, _i32(16)), first_column)
         registers = values.registers.reshape(*values.registers.shape[:2], 2)
         for block, eight in np.ndindex(registers.shape[:2]):
             even, odd = (mgpu_utils.bitcast(x, i32) for x in registers[block, eight])
-            column = index(arith.addi(c(64 * block), first_column))
+            column = arith.index_cast(index, arith.addi(_i32(64 * block), first_column))
             for j, order in enumerate((0x5410, 0x7632)):
-                two = mgpu_utils.bitcast(mgpu_utils.prmt(even, odd, c(order)), pair)
-                vector.store(two, ref, [index(arith.addi(c(8 * eight + j), first_row)), column])
+                two = mgpu_utils.bitcast(mgpu_utils.prmt(even, odd, _i32(order)), pair)
+                row = arith.index_cast(index, arith.addi(_i32(8 * eight + j), first_row))
+                vector.store(two, ref, [row, column])
 
     inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))(store)
     inlined(values, ref)
@@ -341,7 +485,7 @@ def issue_loads(*, interpreted: bool) -> None:
         inlined()
 
 
-def gather(ref: Any, index: Any, layout: Any, *, interpreted: bool) -> Any:
+def gather(ref: Any, index: Any, layout: Any, *, interpreted: bool = False) -> Any:
     """The numbers ``ref[index]`` of an array in global memory, each thread its own.
 
     Args:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -116,7 +117,7 @@ def _triton_call() -> Callable[..., Any]:
     if triton is None:
         raise NotImplementedError(f"triton is not installed: {INSTALL}")
     try:
-        import jax_triton  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+        jax_triton: Any = importlib.import_module("jax_triton")
     except ImportError as error:
         raise NotImplementedError(f"jax-triton cannot be imported: {INSTALL} ({error})") from error
     if jax_triton.__version_info__ >= (0, 4):

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from paxcache.kernels import decode_sm90, prefill_sm90
 from paxcache._quantize import QuantizedPages
+from paxcache.kernels import decode_sm90, prefill_sm90
 from paxcache.kernels._attention import check_supported, operand_dtype
 from paxcache.kernels._mosaic import DeviceLimits
 

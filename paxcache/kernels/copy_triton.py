@@ -48,6 +48,12 @@ class Config:
 
 
 @jit
+def _words(array, WORD: tl.constexpr):
+    """A pointer to the same bytes as words."""
+    return array.to(tl.pointer_type(WORD), bitcast=True)  # pyright: ignore[reportArgumentType]
+
+
+@jit
 def _move(source, target, begin_in, begin_out, there, chunk, WORDS: tl.constexpr, CHUNK: tl.constexpr):
     """One chunk from the word `begin_in` of the source to `begin_out` of the target; zeros where not `there`."""
     word = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -62,7 +68,7 @@ def _copy_kernel(
     WORD: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """One program: every num_programs-th move of the entries that are copies."""
-    words = pool.to(tl.pointer_type(WORD), bitcast=True)
+    words = _words(pool, WORD)
     moves_per_entry = num_layers * CHUNKS
     for group in range(0, num_entries, LOOKED_AT):
         entry = group + tl.arange(0, LOOKED_AT)
@@ -90,8 +96,8 @@ def _gather_kernel(
     WORD: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """One program: one chunk, or zeros in its place."""
-    source = pool.to(tl.pointer_type(WORD), bitcast=True)
-    target = blocks.to(tl.pointer_type(WORD), bitcast=True)
+    source = _words(pool, WORD)
+    target = _words(blocks, WORD)
     chunk, block = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     page = tl.load(ids + block // num_layers)
     there = (page >= 0) & (page < num_pages)
@@ -105,8 +111,8 @@ def _scatter_kernel(
     WORD: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """One program: one chunk."""
-    source = blocks.to(tl.pointer_type(WORD), bitcast=True)
-    target = pool.to(tl.pointer_type(WORD), bitcast=True)
+    source = _words(blocks, WORD)
+    target = _words(pool, WORD)
     chunk, block = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     page = tl.load(ids + block // num_layers)
     if (page >= 0) & (page < num_pages):

@@ -41,17 +41,18 @@ from jax.custom_batching import sequential_vmap
 
 from paxcache import _quantize
 from paxcache._quantize import QuantizedPages
-from paxcache.kernels._attention import LOG2E, check_supported, operand_dtype, soft_cap, unpack
+from paxcache.kernels._attention import LOG2E, check_supported, operand_dtype, soft_cap
 from paxcache.kernels._mosaic import (
     DeviceLimits,
     arrive,
     device_limits,
-    load_transposed,
+    load_bytes,
     matrix_tiles,
     off_mesh,
     pl,
     plgpu,
     reduce_columns,
+    store_queries,
     store_untransposed,
 )
 
@@ -73,7 +74,7 @@ QUANTIZED_CONSUMERS = 3
 QUANTIZED_ACCUMULATOR = 8 * 128  # with so small an accumulator
 QUANTIZED_COLUMNS = 8  # and so few columns.
 MAX_LANES = 8
-STREAM_BYTES_SHARED = 128 * 1024  # of keys and values in flight in an SM, with two programs
+STREAM_BYTES_SHARED = 128 * 1024  # of keys and values in flight in an SM, with two thread blocks
 STREAM_BYTES_ALONE = 96 * 1024  # and with one; more of either and the memory answers more slowly
 MIN_TILES = 6  # shorter ranges pay more for joins than a second program an SM gains
 
@@ -152,6 +153,11 @@ class _Case:
     def may_be_nan(self) -> bool:
         """Whether what lies in slots past a row's end can be NaN or infinite."""
         return jnp.issubdtype(self.dtype, jnp.floating)
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of the matrix unit's operands the rows that are tiled alike."""
+        return _tile_bytes(self.head_dim, self.dtype)
 
     @property
     def operand(self) -> Any:
@@ -283,12 +289,14 @@ def default_config(
         share = columns <= shared_columns and accumulator <= SHARED_ACCUMULATOR and rest + 2 * stage <= half
         sharing, room = (2, half) if share else (1, limits.smem_bytes_per_block)
     programs = sharing * limits.num_sms
-    wanted = max(2, round((STREAM_BYTES_SHARED if share else STREAM_BYTES_ALONE) / sharing / stage))
+    stream_bytes = STREAM_BYTES_SHARED if share and consumers == 1 else STREAM_BYTES_ALONE
+    wanted = max(2, round(stream_bytes / sharing / stage))
     pairs = num_heads // group * -(-max_query_len // block_tokens)
 
     def divides(lanes):
-        """No more than one program in 32 is lost to the last group of lanes."""
-        return pairs % lanes == 0 and all(32 * (n % lanes) <= n for n in (programs, limits.num_sms))
+        """No more than one program in 32 is lost to the last group of lanes, and no thread block."""
+        whole = consumers == 1 or programs % lanes == 0
+        return pairs % lanes == 0 and whole and all(32 * (n % lanes) <= n for n in (programs, limits.num_sms))
 
     lanes = max(filter(divides, range(1, MAX_LANES + 1)))
     join_chunk = max(1, MAX_ACCUMULATOR // accumulator)
@@ -312,6 +320,10 @@ def _copy_len(page_size: int, head_dim: int, dtype: Any) -> int:
     """Tokens of one copy: what divides pages and tiles, or 8, contiguous when tiled, where copied values are padded."""
     padded = _padded_dim(head_dim) > head_dim and dtype not in _quantize.BY_DTYPE
     return 8 if padded else math.gcd(page_size, TILE)
+
+
+def _tile_bytes(head_dim: int, dtype: Any) -> int:
+    return head_dim * operand_dtype(dtype).itemsize
 
 
 def _stage_bytes(head_dim: int, dtype: Any) -> int:
@@ -339,7 +351,7 @@ def _scratch(
     copies = TILE // _copy_len(page_size, head_dim, dtype)
     form, operand = _quantize.BY_DTYPE.get(dtype), operand_dtype(dtype)
     width = D if form is None else D // form.per_element
-    tiles = matrix_tiles(width * operand.itemsize, operand)  # one swizzle for all operands
+    tiles = matrix_tiles(_tile_bytes(D, dtype), operand)  # one swizzle for all operands
 
     def matrix(*shape: int) -> Any:
         return plgpu.SMEM(shape, operand, transforms=tiles)
@@ -609,7 +621,8 @@ def _zero_unowned(program: Any, row_line: Any, num_rows: int, out: Any, o_s: Any
 
             lax.fori_loop(0, (end - begin) * case.head_groups, copy, None)
 
-    lax.fori_loop(0, lax.div(num_rows + programs - program, programs), gap, None)
+    gaps = jnp.where(program < programs, lax.div(num_rows + programs - program, programs), 0)
+    lax.fori_loop(0, gaps, gap, None)
 
 
 def _parts(case: _Case, join: Any) -> tuple[Any, Any, int]:
@@ -895,26 +908,21 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, N), jnp.float32))
 
         def quantized_scores(slot):
-            keys = unpack(plgpu.load(k_s.at[slot], layout=MATRIX), case.operand)
-            width = D // len(keys)
-            parts = [(part, q_s.at[:, pl.ds(i * width, width)]) for i, part in enumerate(keys)]
+            keys = load_bytes(k_s.at[slot], case.dtype, transposed=False, **interpreted)
+            q_t = (q_s.at[:, pl.ds(0, D)] if DP > D else q_s).T
+            if case.interpreted:  # which knows no products of registers
+                return lax.dot(keys.astype(jnp.float32), q_t[...].astype(jnp.float32))
 
             def product(acc):
-                for part, q in parts:
-                    plgpu.wgmma(acc, part, q.T)
+                plgpu.wgmma(acc, keys, q_t)
                 return acc[...]
 
-            if case.interpreted:  # which knows no products of registers
-                return sum(lax.dot(k.astype(jnp.float32), q[...].astype(jnp.float32).T) for k, q in parts)
             return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, N), jnp.float32))
 
         def quantized_values(slot):
             """[head dim, tokens]."""
-            stored = load_transposed(v_s.at[slot], case.dtype, **interpreted)
-            values = stored.astype(case.operand)
+            values = load_bytes(v_s.at[slot], case.dtype, transposed=True, **interpreted)
             plgpu.barrier_arrive(v_free.at[slot])  # they may be overwritten
-            if _quantize.BY_DTYPE[case.dtype].per_element > 1:
-                values = values * jnp.full_like(values, 1 / 16)
             return values
 
         def scales_of(slot):
@@ -980,11 +988,10 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             low_any = low - base if case.windowed else None
 
             plgpu.barrier_wait(q_full.at[consumer])  # this piece's queries are in q_raw
-            queries = plgpu.load(q_raw.T, layout=MATRIX_T, optimized=False)
-            if case.operand == jnp.float16 != case.q_dtype:
-                most = float(jnp.finfo(jnp.float16).max)
-                queries = jnp.clip(queries.astype(jnp.float32), -most, most)
-            q_s.T[...] = queries.astype(case.operand)
+            if case.quantized:
+                store_queries(q_raw, q_s, tile_bytes=case.tile_bytes, **interpreted)
+            else:
+                q_s.T[...] = plgpu.load(q_raw.T, layout=MATRIX_T, optimized=False)
             plgpu.commit_smem()  # all threads' queries, before the matrix unit reads them; q_raw may be overwritten
             pl.when(number + 1 < num_pieces)(lambda: fetch_queries(next_place))
 
@@ -995,9 +1002,8 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 plgpu.barrier_wait(k_full.at[slot])  # this tile's keys and scales, and the note about its holes
                 holes = own_notes[NOTES + stage]
                 if case.quantized:
-                    s = quantized_scores(slot)
                     of_keys, log_of_values, inverse_of_values = scales_of(slot)
-                    s = s * of_keys
+                    s = quantized_scores(slot) * of_keys
                 else:
                     s = scores(slot) * scale
                 plgpu.barrier_arrive(k_free.at[slot])  # all of them may be overwritten

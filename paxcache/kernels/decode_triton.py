@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 MIN_COLUMNS = 16  # rows of a matrix instruction
 MAX_ACCUMULATOR = 64 * 128  # columns times width that the registers hold, of products in half precision
 MAX_LANES = 8
+TILE_BYTES = 32 * 1024  # of keys and values, and at most MAX_TILE tokens
+MAX_TILE = 128
+QUEUE_BYTES = 64 * 1024  # under way in a program: with two of them enough to keep the memory busy
 MIN_TILES = 4  # a range: shorter ones pay more for joins than another program gains
 JOINED = 32  # partial results that a join loads at once
 ZEROED = 16  # tokens of a program that looks for those without a row
@@ -127,7 +130,8 @@ def default_config(
 ) -> Config:
     """Two programs an SM that share its memory, each with two tiles or more under way.
 
-    Tiles are as long as that allows, up to 64 tokens. What is given is not chosen.
+    Tiles are as long as that allows, up to TILE_BYTES: addresses and reductions cost instructions a tile, and decoding
+    quantised pages is bound by those. What is given is not chosen.
     """
     itemsize, width = jnp.dtype(shape.products).itemsize, max(shape.pad, shape.v_pad)
     most = max(MIN_COLUMNS, 2 * MAX_ACCUMULATOR // (width * itemsize))
@@ -141,11 +145,17 @@ def default_config(
         return columns * (shape.pad + tile) * itemsize * (2 if itemsize == 4 else 1) + 1024
 
     if tile is None:
-        tile = 64
+        tile = MAX_TILE
+        while tile > 16 and tile * shape.token_bytes > TILE_BYTES:
+            tile //= 2
         while tile > 16 and 2 * tile * shape.token_bytes + others(tile) > room:
             tile //= 2
     buffer = tile * shape.token_bytes
-    buffers = num_stages - 1 if num_stages else max(1, min(4, (room - others(tile)) // buffer))
+    buffers = (
+        num_stages - 1
+        if num_stages
+        else max(1, min(4, QUEUE_BYTES // buffer, (room - others(tile)) // buffer))
+    )
     if programs_per_sm is None:
         smem = buffers * buffer + others(tile) + 1024
         programs_per_sm = max(1, min(2, limits.smem_bytes_per_sm // smem))

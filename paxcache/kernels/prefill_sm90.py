@@ -1,5 +1,5 @@
-"""Paged attention for rows with many query tokens, on Hopper (sm_90a). Imports `_mosaic` and
-`_attention`; knows arrays.
+"""Paged attention for rows with many query tokens, on Hopper (sm_90a). Imports `_quantize`,
+`_mosaic` and `_attention`; knows arrays.
 
 Prompts and chunks of prompts, each causal from its row's own offset, in one launch. The matrix unit is the limit:
 
@@ -13,6 +13,8 @@ Prompts and chunks of prompts, each causal from its row's own offset, in one lau
 - Blocks of keys run from the last one down. Only those that some query sees in part are masked; the loops are apart.
 - Queries start at any token, but the copy engine writes tiled shared memory 8 rows at a time. A 64-column slice of a
   tiled buffer is byte for byte an untiled, swizzled one: queries and whole output tiles go through such an alias.
+- Blocks of quantised pages come in as they are stored. The third warpgroup turns them into halves with their scales,
+  as the queries have them, while the next one is on its way and the consumers multiply the ones before.
 
 References: FlashAttention-3 (Shah et al., 2024) for the overlap inside and between warpgroups; FlashInfer (Ye et al.,
 2025) for ragged batches in one launch.
@@ -30,10 +32,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import sequential_vmap
 
+from paxcache import _quantize
+from paxcache._quantize import QuantizedPages
 from paxcache.kernels._attention import LOG2E, check_supported, soft_cap
 from paxcache.kernels._mosaic import (
     DeviceLimits,
+    dequantize,
     device_limits,
+    gather,
     in_place,
     matrix_tiles,
     off_mesh,
@@ -57,6 +63,9 @@ SECTOR = 8  # int32 in a memory sector, to which lines are padded
 
 MATRIX = plgpu.Layout.WGMMA
 EACH_ROW = plgpu.Layout.WGMMA.reduce(1)
+THREADS = 128  # of a warpgroup
+EACH_THREAD = plgpu.Layout.WG_STRIDED((THREADS,), 1)
+SCALES = ("k_scales", "v_scales")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +82,8 @@ class Config:
     """Blocks of values, which are read a step later."""
     output_over_queries: bool
     """Output tiles take the queries' shared memory: less is needed, and the next queries come later."""
+    raw_stages: int = 0
+    """Blocks of keys, and as many of values, as quantised pages hold them: the one that is converted and the next."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +95,10 @@ class _Case:
     head_dim: int
     page_size: int
     max_pages: int
+    num_pages: int
     dtype: Any
+    kv_dtype: Any  # of the pages' values
+    token_scales: bool  # quantised pages: whether each token has scales, or each layer
     causal: bool
     windowed: bool
     soft_cap: float | None
@@ -92,6 +106,11 @@ class _Case:
     return_lse: bool
     config: Config
     interpret: Any
+
+    @property
+    def form(self) -> _quantize.Format | None:
+        """Of quantised pages."""
+        return _quantize.BY_DTYPE.get(self.kv_dtype)
 
     @property
     def heads(self) -> int:
@@ -110,7 +129,9 @@ class _Case:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Of a consumer's thread and of a producer's, which holds the page of each of its copies."""
+        """Of a consumer's thread and of a producer's, which holds the page of each of its copies, or converts."""
+        if self.form is not None:
+            return 208, 88
         return (240, 24) if self.config.block_kv // self.copy_len <= 8 else (232, 40)
 
     @property
@@ -149,12 +170,18 @@ def tile_tokens(num_heads: int, num_kv_heads: int) -> int:
 
 def default_config(*, head_dim: int, dtype: Any, limits: DeviceLimits | None = None) -> Config:
     """Blocks as long as the registers allow, and as many stages as fit, output apart from queries if it can be."""
-    limits = device_limits() if limits is None else limits
-    block_kv = 128 if head_dim <= 128 else 64
-    itemsize = jnp.dtype(dtype).itemsize
+    limits, dtype = device_limits() if limits is None else limits, jnp.dtype(dtype)
+    form, itemsize = _quantize.BY_DTYPE.get(dtype), 2  # halves are what is multiplied
+    block_kv = 128 if head_dim <= 128 and form is None else 64  # converting takes registers from the consumers
     rows = CONSUMERS * ROWS * head_dim * itemsize
     stage = block_kv * head_dim * itemsize
-    room = limits.smem_bytes_per_block - 2048 - rows  # what is not counted takes less than 2 KB
+    slack = 2048 if form is None else 4096  # what is not counted takes less
+    room = limits.smem_bytes_per_block - slack - rows
+    raw_stages = 0
+    if form is not None:
+        raw = 2 * block_kv * (head_dim // form.per_element)
+        raw_stages = 2 if room - 2 * raw >= 4 * stage else 1
+        room -= raw_stages * raw
     apart = room - rows >= 4 * stage
     stages = min(8, (room - rows if apart else room) // stage)
     return Config(
@@ -163,6 +190,7 @@ def default_config(*, head_dim: int, dtype: Any, limits: DeviceLimits | None = N
         key_stages=stages // 2,
         value_stages=stages - stages // 2,
         output_over_queries=not apart,
+        raw_stages=raw_stages,
     )
 
 
@@ -339,53 +367,58 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             return 0, head_item * CONSUMERS + consumer
         return consumer * ROWS, head_item
 
-    @pl.when(wg == CONSUMERS)
-    def _producer():
-        if on_gpu:
-            plgpu.set_max_registers(case.registers[1], action="decrease")
+    def copy_queries(line, head_item, is_first):
+        for x in range(CONSUMERS):
+            # Consumer x arrives at `q_free` when its last product with its queries is complete.
+            pl.when(jnp.logical_not(is_first))(lambda x=x: plgpu.barrier_wait(q_free.at[x]))
+            offset, head = tokens_and_head(line, head_item, x)
+            tokens = pl.ds(plan[line, TOKEN] + offset, ROWS)
+            for d in range(chunks):
+                source = refs["q"].at[tokens, head, pl.ds(chunk * d, chunk)]
+                plgpu.copy_gmem_to_smem(source, q_t.at[x, d], q_full.at[x])
 
-        def copy_queries(line, head_item, is_first):
-            for x in range(CONSUMERS):
-                # Consumer x arrives at `q_free` when its last product with its queries is complete.
-                pl.when(jnp.logical_not(is_first))(lambda x=x: plgpu.barrier_wait(q_free.at[x]))
-                offset, head = tokens_and_head(line, head_item, x)
-                tokens = pl.ds(plan[line, TOKEN] + offset, ROWS)
-                for d in range(chunks):
-                    source = refs["q"].at[tokens, head, pl.ds(chunk * d, chunk)]
-                    plgpu.copy_gmem_to_smem(source, q_t.at[x, d], q_full.at[x])
+    def kv_head_of(line, head_item):
+        _, head = tokens_and_head(line, head_item, 0)
+        return lax.div(head, case.num_heads // case.num_kv_heads)
 
-        def stream(pool, buffer, full, free, mine, with_queries):
+    def copy_block(name, kv_head, first, mine, pages, target, full):
+        """Starts the copies numbered `mine` of the block that begins with a token."""
+        for i, page in zip(mine, pages, strict=True):
+            source = refs[name].at[layer, jnp.maximum(page, 0), kv_head]
+            if copy_len < S:
+                offset = lax.rem(lax.div(first, copy_len) + i, S // copy_len) * copy_len
+                source = source.at[pl.ds(offset, copy_len)]
+            # Every copy arrives at `full` with its last byte; who reads a block waits for all of its.
+            plgpu.copy_gmem_to_smem(source, target.at[pl.ds(i * copy_len, copy_len)], full)
+
+    def pages_of(row, first, in_sight, mine):
+        """The pages of a block's copies. Left of the window and past the end one in sight is read once more; its
+        tokens are masked later."""
+        return [tables[row, jnp.clip(lax.div(first + i * copy_len, S), *in_sight)] for i in mine]
+
+    def producer():
+        def stream(name, mine, with_queries):
             """Copies the blocks of all items; of each block the copies numbered `mine`."""
+            buffer, full, free = (scratch[f"{name}_{x}"] for x in ("s", "full", "free"))
             stages = buffer.shape[0]
 
             def one_item(round_id, base):
                 line, head_item = item(round_id)
                 row, blocks = plan[line, ROW], plan[line, BLOCKS]
                 last_block = plan[line, FIRST_BLOCK] + blocks - 1
-                first_page, last_page = pages_in_sight(line)
-                _, head = tokens_and_head(line, head_item, 0)
-                kv_head = lax.div(head, case.num_heads // case.num_kv_heads)
+                in_sight, kv_head = pages_in_sight(line), kv_head_of(line, head_item)
                 if with_queries:
                     copy_queries(line, head_item, round_id == 0)
 
                 def step(t, _):
                     slot = lax.rem(base + t, stages)
                     first = (last_block - t) * block
-                    # Left of the window and past the end a page in sight is read once more; its tokens are masked
-                    # later. Read before the wait, so that the latency hides behind it.
-                    entries = [lax.div(first + i * copy_len, S) for i in mine]
-                    pages = [tables[row, jnp.clip(x, first_page, last_page)] for x in entries]
-                    # Both consumers arrive at `free` when they have read the slot's last block, and
-                    # each warp of the producer waits before it overwrites its part.
+                    # Read before the wait, so that the latency hides behind it.
+                    pages = pages_of(row, first, in_sight, mine)
+                    # Both consumers arrive at `free` when they have read the slot's last block, and each warp waits
+                    # before it overwrites its part.
                     pl.when(base + t >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                    for i, page in zip(mine, pages, strict=True):
-                        source = pool.at[layer, jnp.maximum(page, 0), kv_head]
-                        if copy_len < S:
-                            offset = lax.rem(lax.div(first, copy_len) + i, S // copy_len) * copy_len
-                            source = source.at[pl.ds(offset, copy_len)]
-                        # Every copy arrives at `full` with its last byte; both consumers wait for all of a block's.
-                        target = buffer.at[slot, pl.ds(i * copy_len, copy_len)]
-                        plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+                    copy_block(name, kv_head, first, mine, pages, buffer.at[slot], full.at[slot])
 
                 lax.fori_loop(0, blocks, step, None)
                 return base + blocks
@@ -409,12 +442,116 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
         def warp(index):
             for x in range(parts):
                 mine = range(x * copies // parts, (x + 1) * copies // parts)
-                keys = functools.partial(stream, refs["k"], k_s, k_full, k_free, mine, False)
-                values = functools.partial(stream, refs["v"], v_s, v_full, v_free, mine, x == parts - 1)
+                keys = functools.partial(stream, "k", mine, False)
+                values = functools.partial(stream, "v", mine, x == parts - 1)
                 pl.when(index == x)(keys)
                 pl.when(index == 2 + x)(values)
 
         plgpu.warp_map(warp)
+
+    def converting_producer():
+        def block_start(line, t):
+            return (plan[line, FIRST_BLOCK] + plan[line, BLOCKS] - 1 - t) * block
+
+        def copy_raw(round_id, t, i):
+            """Starts the copies of block t of an item, the program's number i. What the slot held is converted."""
+            line, head_item = item(round_id)
+            first, slot = block_start(line, t), lax.rem(i, config.raw_stages)
+
+            def copy(name):
+                pages = pages_of(plan[line, ROW], first, pages_in_sight(line), range(copies))
+                raw, full = scratch[f"raw_{name}_s"].at[slot], scratch[f"raw_{name}_full"].at[slot]
+                copy_block(name, kv_head_of(line, head_item), first, range(copies), pages, raw, full)
+
+            @plgpu.warp_map
+            def _(warp):
+                for x, name in enumerate("kv"):
+                    pl.when(warp == x)(functools.partial(copy, name))
+
+        def load_scales(line, kv_head, t):
+            """Puts the scales of block t of an item's tokens into shared memory."""
+            first, in_sight = block_start(line, t), pages_in_sight(line)
+
+            def place(page, token):
+                head = (jnp.maximum(page, 0) + layer * case.num_pages) * case.num_kv_heads + kv_head
+                return head * S + lax.rem(token, jnp.full_like(token, S))
+
+            if on_gpu:  # a thread a token
+                token = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=EACH_THREAD)
+                token = jnp.minimum(token, block - 1) + first
+                entry = jnp.clip(lax.div(token, jnp.full_like(token, S)), *in_sight)
+                page = gather(refs["flat_tables"], entry + plan[line, ROW] * case.max_pages, EACH_THREAD)
+                numbers = [gather(refs[name], place(page, token), EACH_THREAD) for name in SCALES]
+                for name, x in zip(SCALES, numbers, strict=True):
+                    scratch[name][...] = x
+            else:
+                for i, page in enumerate(pages_of(plan[line, ROW], first, in_sight, range(copies))):
+                    begin = place(page, first + i * copy_len)
+                    for name in SCALES:
+                        scratch[name][pl.ds(i * copy_len, copy_len)] = refs[name][pl.ds(begin, copy_len)]
+            plgpu.commit_smem()  # all threads' scales, before others read them
+
+        def convert(name, i, scales):
+            raw, target = scratch[f"raw_{name}_s"], scratch[f"{name}_s"]
+            slot, to = lax.rem(i, raw.shape[0]), lax.rem(i, target.shape[0])
+            plgpu.barrier_wait(scratch[f"raw_{name}_full"].at[slot])  # the block as it is stored
+            # Both consumers arrive at `free` when they have read what the slot held.
+            pl.when(i >= target.shape[0])(lambda: plgpu.barrier_wait(scratch[f"{name}_free"].at[to]))
+            dequantize(raw.at[slot], target.at[to], scales, case.kv_dtype, interpreted=not on_gpu)
+            plgpu.commit_smem()  # all threads' numbers, before the matrix unit reads them
+            plgpu.barrier_arrive(scratch[f"{name}_full"].at[to])  # both consumers may read it
+
+        def one_item(round_id, base):
+            line, head_item = item(round_id)
+            blocks, kv_head = plan[line, BLOCKS], kv_head_of(line, head_item)
+            # Not sooner: the consumers may still wait for this warpgroup with the item before.
+            copy_queries(line, head_item, round_id == 0)
+
+            def step(t, _):
+                if config.raw_stages == 1:
+                    copy_raw(round_id, t, base + t)
+                else:
+                    is_last = t + 1 == blocks
+                    next_round = jnp.where(is_last, round_id + 1, round_id)
+                    next_block = functools.partial(
+                        copy_raw, next_round, jnp.where(is_last, 0, t + 1), base + t + 1
+                    )
+                    pl.when(next_round < num_rounds)(next_block)
+                if case.token_scales:
+                    load_scales(line, kv_head, t)
+                    scales = [scratch[name] for name in SCALES]
+                else:
+                    scales = [refs[name][layer, 0, 0, 0] for name in SCALES]
+                for name, numbers in zip("kv", scales, strict=True):
+                    convert(name, base + t, numbers)
+
+            lax.fori_loop(0, blocks, step, None)
+            return base + blocks
+
+        if config.raw_stages > 1:
+            pl.when(num_rounds > 0)(lambda: copy_raw(jnp.int32(0), jnp.int32(0), jnp.int32(0)))
+        total = lax.fori_loop(0, num_rounds, one_item, jnp.int32(0))
+        for free in (k_free, v_free):  # who waits must see every completion, those of the end too
+            stages = config.key_stages if free is k_free else config.value_stages
+
+            def drain(i, _, free=free, stages=stages):
+                plgpu.barrier_wait(free.at[lax.rem(i, stages)])
+
+            lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
+
+        @pl.when(total > 0)
+        def _():
+            for x in range(CONSUMERS):
+                plgpu.barrier_wait(q_free.at[x])
+
+    @pl.when(wg == CONSUMERS)
+    def _producer():
+        if on_gpu:
+            plgpu.set_max_registers(case.registers[1], action="decrease")
+        if case.form is None:
+            producer()
+        else:
+            converting_producer()
 
     @pl.when(wg < CONSUMERS)
     def _consumer():
@@ -664,7 +801,7 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
 
 def _scratch(case: _Case) -> dict[str, Any]:
     """The shared memory of a program."""
-    D, chunk, config, dtype = case.head_dim, case.chunk, case.config, case.dtype
+    D, chunk, config, dtype, form = case.head_dim, case.chunk, case.config, case.dtype, case.form
     copies = config.block_kv // case.copy_len
     tiles = matrix_tiles(D * dtype.itemsize, dtype)
     by_columns = (CONSUMERS, D // chunk, ROWS, chunk)
@@ -680,12 +817,24 @@ def _scratch(case: _Case) -> dict[str, Any]:
             "queries": plgpu.RefUnion(tiled, untiled),
             "output": plgpu.RefUnion(by_rows, tiled, untiled),
         }
+    arrivals = copies
+    if form is not None:
+        arrivals, stages = 1, config.raw_stages
+        row = D // form.per_element
+        transforms = matrix_tiles(row * case.kv_dtype.itemsize, case.kv_dtype)
+        for name in "kv":
+            shared[f"raw_{name}_s"] = plgpu.SMEM(
+                (stages, config.block_kv, row), case.kv_dtype, transforms=transforms
+            )
+            if case.token_scales:
+                shared[f"{name}_scales"] = plgpu.SMEM((THREADS,), jnp.float32)
+            shared[f"raw_{name}_full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
     return shared | {
         "k_s": plgpu.SMEM((config.key_stages, config.block_kv, D), dtype, transforms=tiles),
         "v_s": plgpu.SMEM((config.value_stages, config.block_kv, D), dtype, transforms=tiles),
         "q_full": plgpu.Barrier(num_arrivals=D // chunk, num_barriers=CONSUMERS),
-        "k_full": plgpu.Barrier(num_arrivals=copies, num_barriers=config.key_stages),
-        "v_full": plgpu.Barrier(num_arrivals=copies, num_barriers=config.value_stages),
+        "k_full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.key_stages),
+        "v_full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.value_stages),
         "q_free": plgpu.Barrier(num_barriers=CONSUMERS),
         "k_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.key_stages),
         "v_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.value_stages),
@@ -697,8 +846,8 @@ def _scratch(case: _Case) -> dict[str, Any]:
 def prefill(
     out: Float[Array, "T H D"],
     q: Float[Array, "T H D"],
-    k_pages: Float[Array, "L P K S D"],
-    v_pages: Float[Array, "L P K S D"],
+    k_pages: Float[Array, "L P K S D"] | QuantizedPages,
+    v_pages: Float[Array, "L P K S D"] | QuantizedPages,
     layer: Int32[Array, ""] | int,
     block_tables: Int32[Array, "B M"],
     *,
@@ -749,7 +898,10 @@ def prefill(
         head_dim=D,
         page_size=S,
         max_pages=block_tables.shape[1],
+        num_pages=k_pages.shape[1],
         dtype=jnp.dtype(q.dtype),
+        kv_dtype=jnp.dtype(k_pages.dtype),
+        token_scales=isinstance(k_pages, QuantizedPages) and k_pages.scales.shape[2:] == (K, S),
         causal=causal,
         windowed=sliding_window is not None,
         soft_cap=soft_cap,
@@ -772,6 +924,12 @@ def prefill(
         "k": k_pages,
         "v": v_pages,
     }
+    if isinstance(k_pages, QuantizedPages) and isinstance(v_pages, QuantizedPages):
+        inputs |= {"k": k_pages.values, "v": v_pages.values}
+        scales = k_pages.scales, v_pages.scales
+        if case.token_scales:
+            inputs["flat_tables"], scales = block_tables.reshape(-1), [x.reshape(-1) for x in scales]
+        inputs |= dict(zip(SCALES, scales, strict=True))
     if sliding_window is not None:
         # Positions are counted from a block's start and may be negative: no difference may pass int32.
         inputs["window"] = jnp.minimum(jnp.asarray(sliding_window, jnp.int32), 1 << 30).reshape(1)

@@ -75,8 +75,9 @@ def default_config(shape: Shape, limits: Limits) -> Config:
     """The largest tiles whose sums the registers hold, and as many stages as fit the shared memory, up to three."""
     itemsize = jnp.dtype(shape.products).itemsize
     row_bytes = max(shape.pad, shape.v_pad) * itemsize
+    from_memory = limits.is_hopper and itemsize == 2 and shape.form == "plain"
     if row_bytes <= 256:
-        columns, block, num_warps = 128, 64, 8
+        columns, block, num_warps = 128, 128 if from_memory else 64, 8
     elif row_bytes <= 512:
         columns, block, num_warps = 64, 32, 8
     else:
@@ -85,7 +86,10 @@ def default_config(shape: Shape, limits: Limits) -> Config:
         columns, num_warps = min(columns, 32), 4 if row_bytes <= 512 else 8
     if not limits.is_hopper:  # weights and queries are in registers
         block = min(block, 32)
-    others = columns * (shape.pad + block) * itemsize * (3 if itemsize == 4 else 1) + 1024
+    others = columns * shape.pad * itemsize + 1024
+    if not from_memory:
+        others += columns * block * itemsize
+        others *= 3 if itemsize == 4 else 1
     if shape.form != "plain":  # decoded, for the matrix unit
         others += block * (shape.pad + shape.v_pad) * itemsize
     room = limits.smem_bytes_per_block - others

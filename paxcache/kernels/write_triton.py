@@ -1,7 +1,8 @@
 """Writes the K and V of new tokens into their pages, in place, in Triton (Ampere and later). Imports `_triton`.
 
-A program moves some *rows*, each one head of one token: contiguous where they come from and where they go. Quantised
-pages get their values and, where each token and head has one, its scale in the same pass.
+A program moves some *rows* of K or of V, each one head of one token: contiguous where they come from and where they go.
+It asks for their numbers before it looks where they go: with few tokens the time is that of one chain of loads.
+Quantised pages get their values and, where each token and head has one, its scale in the same pass.
 
 Reference: the slot mapping of vLLM's reshape_and_cache.
 """
@@ -32,8 +33,10 @@ from paxcache.kernels._triton import (
 if TYPE_CHECKING:
     from jaxtyping import Array, Int, Int32, Shaped
 
-BLOCK_NUMBERS = 4096  # of keys, and as many of values, in a program
-PROGRAMS_PER_SM = 4
+NUM_WARPS = 4
+MIN_NUMBERS = 1024  # of a program: 16 bytes a thread in half precision
+MAX_NUMBERS = 4096
+PROGRAMS_PER_SM = 16  # that it holds at once, of so many warps
 TINY = constant(float(np.finfo(np.float32).tiny))
 
 
@@ -43,14 +46,13 @@ class Config:
 
     rows: int
     """Rows of a program, a power of two."""
-    num_warps: int = 4
+    num_warps: int = NUM_WARPS
 
 
 def default_config(num_rows: int, width: int, limits: Limits) -> Config:
-    """Programs of 16 KB of K and V in half precision, or smaller ones where those would be fewer than the SMs take."""
+    """Programs that all run at once where they can, of a thread's widest access at least and four of them at most."""
     spread = next_power_of_2(-(-num_rows // (PROGRAMS_PER_SM * limits.num_sms)))
-    rows = max(1, min(BLOCK_NUMBERS // next_power_of_2(width), spread))
-    return Config(rows=rows, num_warps=4 if rows * width > 1024 else 1)
+    return Config(rows=max(1, MIN_NUMBERS // width, min(MAX_NUMBERS // width, spread)))
 
 
 @jit
@@ -60,11 +62,12 @@ def _float8_bits(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
     In integers: not every GPU has an instruction for it, and one by way of float16 would round twice.
     """
     DROPPED: tl.constexpr = 23 - MANTISSA
+    HALF: tl.constexpr = tl.constexpr(1) << (DROPPED - 1)  # of the last place that stays
     bits = x.to(tl.int32, bitcast=True)
     sign, magnitude = (bits >> 24) & 0x80, bits & 0x7FFFFFFF
-    # Half of the last place that stays, less one unless that place is odd, carries as rounding does.
+    # A half, less one unless the last place is odd, carries as rounding does.
     odd = (magnitude >> DROPPED) & 1
-    normal = ((magnitude + ((1 << (DROPPED - 1)) - 1) + odd) >> DROPPED) - ((127 - BIAS) << MANTISSA)
+    normal = ((magnitude + (HALF - 1) + odd) >> DROPPED) - ((127 - BIAS) << MANTISSA)
     # Below its normal numbers float8 is fixed point: next to this power of two float32 has the same last place.
     power = tl.full([1, 1], (127 + 24 - MANTISSA - BIAS) << 23, tl.int32)
     near_power = magnitude.to(tl.float32, bitcast=True) + power.to(tl.float32, bitcast=True)
@@ -80,9 +83,17 @@ def _largest(x):
 
 
 @jit
+def _reciprocal(x):
+    """1 / x by the instruction that XLA makes of it, which is approximate: both write the same values."""
+    return tl.inline_asm_elementwise(
+        "rcp.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@jit
 def _stored(x, scale, FORM: tl.constexpr, LARGEST: tl.constexpr):
     """Numbers [R, N] as `_quantize.encode` stores them with scales [R]; int4 ones not yet two to a byte."""
-    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(scale > 0, scale, 1.0))
+    inverse = _reciprocal(tl.where(scale > 0, scale, 1.0))
     is_nan = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) > 0x7F800000
     y = tl.where((scale[:, None] > 0) & (is_nan == 0), x * inverse[:, None], 0.0)
     y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
@@ -97,36 +108,50 @@ def _stored(x, scale, FORM: tl.constexpr, LARGEST: tl.constexpr):
 @jit
 def _write_rows(
     tokens,
-    sources,
-    pool,
-    slots,
-    there,
+    row,
+    slot,
+    at,
+    num_tokens,
+    num_layers,
+    num_pages,
     scales_in,
+    pool,
     scales,
-    pages,
+    KV_HEADS: tl.constexpr,
+    S: tl.constexpr,
     WIDTH: tl.constexpr,
     PAD: tl.constexpr,
+    HEADS: tl.constexpr,
+    FIRST_HEAD: tl.constexpr,
     FORM: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     LARGEST: tl.constexpr,
     RECIPROCAL: tl.constexpr,
 ):
-    """Moves rows [R] of `tokens` into slots of single heads, where `there`."""
+    """Moves rows [R] of `tokens`, of which `slot` are the slots, into layer `at` of the pool."""
     if FORM == "int4":  # the halves of a row share bytes
         STORED: tl.constexpr = WIDTH // 2
     else:
         STORED: tl.constexpr = WIDTH
+    token, head = row // KV_HEADS, row % KV_HEADS
     column = tl.arange(0, PAD)[None, :]
-    inside = there[:, None] & (column < STORED)
-    source = tokens + sources[:, None] * WIDTH + column
-    target = pool + slots[:, None] * STORED + column
+    # Whether a slot is outside is not known yet: numbers must not wait for it.
+    inside = (token < num_tokens)[:, None] & (column < STORED)
+    source = tokens + (token.to(tl.int64) * HEADS + (FIRST_HEAD + head))[:, None] * WIDTH + column
     x = tl.load(source, mask=inside, other=0.0)
+    if FORM == "int4":
+        high = tl.load(source + STORED, mask=inside, other=0.0).to(tl.float32)
+
+    there = (slot >= 0) & (slot // S < num_pages) & (at >= 0) & (at < num_layers)
+    slot = tl.where(there, slot, 0)
+    page = at.to(tl.int64) * num_pages + slot // S
+    slots = (page * KV_HEADS + head) * S + slot % S
+    target = pool + slots[:, None] * STORED + column
+    inside = there[:, None] & (column < STORED)
     if FORM == "plain":
         tl.store(target, x.to(pool.dtype.element_ty), mask=inside)
     else:
         x = x.to(tl.float32)
-        if FORM == "int4":
-            high = tl.load(source + STORED, mask=inside, other=0.0).to(tl.float32)
         if PER_TOKEN:
             largest = _largest(x)
             if FORM == "int4":
@@ -135,7 +160,7 @@ def _write_rows(
             scale = tl.where(scale < TINY, 0.0, scale)
             tl.store(scales + slots, scale, mask=there)
         else:
-            scale = tl.load(scales_in + pages, mask=there, other=0.0)
+            scale = tl.load(scales_in + page, mask=there, other=0.0)
         stored = _stored(x, scale, FORM, LARGEST)
         if FORM == "int4":
             stored = (stored & 0xF) | ((_stored(high, scale, FORM, LARGEST) & 0xF) << 4)
@@ -177,23 +202,22 @@ def _write_kernel(
     RECIPROCAL: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program: some heads of some tokens."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token, head = row // KV_HEADS, row % KV_HEADS
-    slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1).to(tl.int64)
+    """One program: some heads of some tokens; those of K and of V alternate."""
+    ARRAYS: tl.constexpr = tl.constexpr(2 if V_HEADS > 0 else 1)
+    program = tl.program_id(0)
+    row = program // ARRAYS * ROWS + tl.arange(0, ROWS)
+    token = row // KV_HEADS
+    slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1)
     at = tl.load(layer)
-    there = (slot >= 0) & (slot // S < num_pages) & (at >= 0) & (at < num_layers)
-    slot = tl.where(there, slot, 0)
-    page = at.to(tl.int64) * num_pages + slot // S
-    slots = (page * KV_HEADS + head) * S + slot % S
-    _write_rows(
-        k, token * K_HEADS + (K_HEAD + head), k_pages, slots, there, k_scales_in, k_scales, page, D, PAD, FORM,
-        PER_TOKEN, LARGEST, RECIPROCAL,
-    )  # fmt: skip
-    if V_HEADS > 0:
+    if program % ARRAYS == 0:
         _write_rows(
-            v, token * V_HEADS + (V_HEAD + head), v_pages, slots, there, v_scales_in, v_scales, page, DV, V_PAD,
-            FORM, PER_TOKEN, LARGEST, RECIPROCAL,
+            k, row, slot, at, num_tokens, num_layers, num_pages, k_scales_in, k_pages, k_scales, KV_HEADS, S, D, PAD,
+            K_HEADS, K_HEAD, FORM, PER_TOKEN, LARGEST, RECIPROCAL,
+        )  # fmt: skip
+    elif V_HEADS > 0:
+        _write_rows(
+            v, row, slot, at, num_tokens, num_layers, num_pages, v_scales_in, v_pages, v_scales, KV_HEADS, S, DV, V_PAD,
+            V_HEADS, V_HEAD, FORM, PER_TOKEN, LARGEST, RECIPROCAL,
         )  # fmt: skip
 
 
@@ -248,7 +272,7 @@ def write_pages(
     def pad(width: int) -> int:
         return next_power_of_2(max(1, width // per_element))
 
-    config = default_config(T * K, max(D, DV), limits) if config is None else config
+    config = default_config(len(pools) * T * K, max(pad(D), pad(DV)), limits) if config is None else config
     given, made = ([nothing, nothing], both(scales)) if per_token else (both(scales), [nothing, nothing])
     written = [*both(values), *made]
     results = call(
@@ -263,7 +287,7 @@ def write_pages(
         L,
         P,
         outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in written],
-        grid=-(-T * K // config.rows),
+        grid=len(pools) * -(-T * K // config.rows),
         limits=limits,
         num_warps=config.num_warps,
         # What stands in for an array that there is not would be copied first.
