@@ -468,25 +468,31 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 for x, name in enumerate("kv"):
                     pl.when(warp == x)(functools.partial(copy, name))
 
-        def load_scales(line, kv_head, t):
-            """Puts the scales of block t of an item's tokens into shared memory."""
-            first, in_sight = block_start(line, t), pages_in_sight(line)
+        def scale_index(line, head_item, page, token):
+            head = (jnp.maximum(page, 0) + layer * case.num_pages) * case.num_kv_heads
+            return (head + kv_head_of(line, head_item)) * S + lax.rem(token, jnp.full_like(token, S))
 
-            def place(page, token):
-                head = (jnp.maximum(page, 0) + layer * case.num_pages) * case.num_kv_heads + kv_head
-                return head * S + lax.rem(token, jnp.full_like(token, S))
+        def fetch_scales(round_id, t):
+            """Those of block t's keys and values, of a token for each thread. What waits for memory is the next step."""
+            line, head_item = item(round_id)
+            line = jnp.minimum(line, plan.shape[0] - 1)  # a program without items fetches all the same
+            token = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=EACH_THREAD)
+            token = jnp.minimum(token, block - 1) + block_start(line, t)
+            entry = jnp.clip(lax.div(token, jnp.full_like(token, S)), *pages_in_sight(line))
+            page = gather(refs["flat_tables"], entry + plan[line, ROW] * case.max_pages, EACH_THREAD)
+            index = scale_index(line, head_item, page, token)
+            return tuple(gather(refs[name], index, EACH_THREAD) for name in SCALES)
 
-            if on_gpu:  # a thread a token
-                token = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=EACH_THREAD)
-                token = jnp.minimum(token, block - 1) + first
-                entry = jnp.clip(lax.div(token, jnp.full_like(token, S)), *in_sight)
-                page = gather(refs["flat_tables"], entry + plan[line, ROW] * case.max_pages, EACH_THREAD)
-                numbers = [gather(refs[name], place(page, token), EACH_THREAD) for name in SCALES]
-                for name, x in zip(SCALES, numbers, strict=True):
-                    scratch[name][...] = x
-            else:
+        def put_scales(round_id, t, fetched):
+            """Puts the scales of block t into shared memory."""
+            if on_gpu:
+                for name, numbers in zip(SCALES, fetched, strict=True):
+                    scratch[name][...] = numbers
+            else:  # which gathers one by one
+                line, head_item = item(round_id)
+                first, in_sight = block_start(line, t), pages_in_sight(line)
                 for i, page in enumerate(pages_of(plan[line, ROW], first, in_sight, range(copies))):
-                    begin = place(page, first + i * copy_len)
+                    begin = scale_index(line, head_item, page, first + i * copy_len)
                     for name in SCALES:
                         scratch[name][pl.ds(i * copy_len, copy_len)] = refs[name][pl.ds(begin, copy_len)]
             plgpu.commit_smem()  # all threads' scales, before others read them
@@ -501,36 +507,41 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             plgpu.commit_smem()  # all threads' numbers, before the matrix unit reads them
             plgpu.barrier_arrive(scratch[f"{name}_full"].at[to])  # both consumers may read it
 
-        def one_item(round_id, base):
+        fetch_ahead = case.token_scales and on_gpu
+
+        def one_item(round_id, carry):
             line, head_item = item(round_id)
-            blocks, kv_head = plan[line, BLOCKS], kv_head_of(line, head_item)
+            blocks = plan[line, BLOCKS]
             # Not sooner: the consumers may still wait for this warpgroup with the item before.
             copy_queries(line, head_item, round_id == 0)
 
-            def step(t, _):
+            def step(t, carry):
+                number, fetched = carry
+                is_last = t + 1 == blocks
+                following = jnp.where(is_last, round_id + 1, round_id), jnp.where(is_last, 0, t + 1)
                 if config.raw_stages == 1:
-                    copy_raw(round_id, t, base + t)
+                    copy_raw(round_id, t, number)
                 else:
-                    is_last = t + 1 == blocks
-                    next_round = jnp.where(is_last, round_id + 1, round_id)
-                    next_block = functools.partial(
-                        copy_raw, next_round, jnp.where(is_last, 0, t + 1), base + t + 1
-                    )
-                    pl.when(next_round < num_rounds)(next_block)
+                    pl.when(following[0] < num_rounds)(lambda: copy_raw(*following, number + 1))
                 if case.token_scales:
-                    load_scales(line, kv_head, t)
+                    put_scales(round_id, t, fetched)
                     scales = [scratch[name] for name in SCALES]
                 else:
                     scales = [refs[name][layer, 0, 0, 0] for name in SCALES]
+                if fetch_ahead:  # after the last block: of some block again
+                    next_round = jnp.minimum(following[0], num_rounds - 1)
+                    fetched = fetch_scales(next_round, jnp.where(following[0] < num_rounds, following[1], 0))
                 for name, numbers in zip("kv", scales, strict=True):
-                    convert(name, base + t, numbers)
+                    convert(name, number, numbers)
+                return number + 1, fetched
 
-            lax.fori_loop(0, blocks, step, None)
-            return base + blocks
+            return lax.fori_loop(0, blocks, step, carry)
 
+        zero = jnp.int32(0)
         if config.raw_stages > 1:
-            pl.when(num_rounds > 0)(lambda: copy_raw(jnp.int32(0), jnp.int32(0), jnp.int32(0)))
-        total = lax.fori_loop(0, num_rounds, one_item, jnp.int32(0))
+            pl.when(num_rounds > 0)(lambda: copy_raw(zero, zero, zero))
+        fetched = fetch_scales(zero, zero) if fetch_ahead else ()
+        total, _ = lax.fori_loop(0, num_rounds, one_item, (zero, fetched))
         for free in (k_free, v_free):  # who waits must see every completion, those of the end too
             stages = config.key_stages if free is k_free else config.value_stages
 
