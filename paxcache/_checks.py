@@ -88,7 +88,7 @@ def static_int(name: str, value: Any, *, minimum: int) -> int:
     return int(value)
 
 
-def default_device() -> jax.Device:
+def default_device() -> Any:
     """Where arrays without a place of their own go: `jax.default_device` counts."""
     chosen = jax.config.jax_default_device
     if isinstance(chosen, str):

@@ -1,4 +1,4 @@
-"""Batched text generation as one compiled program. Imports JAX and the modules of the cache; never Flax.
+"""Batched text generation as one compiled program. Imports the cache's modules, `prefix` and `offload`; never Flax.
 
 Terms of this module: N prompts wait for R *lanes*. A lane is a cache row that was idle when generation began; R is
 the smaller of N and the rows of the cache, so a step never computes more rows than there are prompts. A prompt *runs*
@@ -9,6 +9,10 @@ lane has none left, sample one more.
 
 Why it ends: tokens and pages go to the lanes in the order of their prompts, so the oldest running prompt advances in
 every step in which any page is free. In a step that advances nobody the youngest gives its pages back; alone, it stops.
+
+With `host_pages` the youngest's pages go to the host instead, and come back when it gets a lane again. A loop that
+carried host memory, or held both ways over it, would leave it to the compiler whether anything travels; so the program
+ends when pages are to be moved, the host moves them, and the same program goes on. That is a few times a run.
 """
 
 from __future__ import annotations
@@ -24,11 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from paxcache import _checks
+from paxcache import _checks, offload
 from paxcache._allocator import cdiv, idle_rows
 from paxcache._cache import extend, release
 from paxcache._sampling import Rules, Sampling, log_probability, per_prompt, resolve, sample
 from paxcache._types import INT32_MAX, PagedKVCache
+from paxcache.offload import _rows
 from paxcache.prefix import device
 
 if TYPE_CHECKING:
@@ -81,7 +86,9 @@ class Generation:
     num_steps: Int32[Array, ""]
     """Forward passes."""
     num_preemptions: Int32[Array, ""]
-    """How often a prompt gave its pages back, to be recomputed later."""
+    """How often a prompt gave its pages back, to be recomputed or brought back later."""
+    num_swaps: Int32[Array, ""]
+    """How many of these times its pages went to the host; 0 without `host_pages`."""
 
     def to_lists(self) -> list[list[int]]:
         """The generated tokens as Python lists, without padding; read on the host."""
@@ -119,6 +126,23 @@ class _State:
     changed: Bool[Array, ""]  # a prompt stopped or nobody advances: lanes are to be handed out anew
     num_steps: Int32[Array, ""]
     num_preemptions: Int32[Array, ""]
+    num_swaps: Int32[Array, ""]
+    away: Bool[Array, "N"] | None  # prompts whose pages are on the host; None: preemption recomputes
+    leaving: Int32[Array, ""] | None  # the lane whose pages the host is to take, R for none
+
+    @property
+    def returning(self) -> Bool[Array, "R"]:
+        """Lanes whose prompt's pages the host is to bring back."""
+        if self.away is None:
+            return jnp.zeros(self.lane_rows.shape[0], bool)
+        return (self.lane_prompts < self.tokens.shape[0]) & self.away[self.prompts]
+
+    @property
+    def waits_for_host(self) -> Bool[Array, ""]:
+        """Whether the host is to move pages before anything else happens."""
+        if self.leaving is None:
+            return jnp.bool_(False)
+        return (self.leaving < self.lane_rows.shape[0]) | self.returning.any()
 
     @property
     def prompts(self) -> Int32[Array, "R"]:
@@ -195,8 +219,8 @@ def _admit(job: _Job, state: _State, *, chunk_size: int) -> tuple[_State, Bool[A
     seated = jnp.zeros(N, bool).at[state.lane_prompts].set(True, mode="drop")
     waiting = (state.reasons == StopReason.UNFINISHED) & ~seated
     leaders = jnp.zeros((1, 1), bool)
-    if state.index is not None:
-        leaders = _leaders(job, state, waiting)
+    if state.index is not None:  # what is on the host comes back whole and waits for nobody's pages
+        leaders = _leaders(job, state, waiting if state.away is None else waiting & ~state.away)
         waiting &= ~leaders.any(axis=1)
     idle = (state.lane_prompts == N) & (state.lane_rows < cache.max_seqs)
     turn, seat = jnp.cumsum(waiting, dtype=jnp.int32) - 1, jnp.cumsum(idle, dtype=jnp.int32) - 1
@@ -226,7 +250,10 @@ def _admit(job: _Job, state: _State, *, chunk_size: int) -> tuple[_State, Bool[A
     index = state.index
     if index is not None:  # what is stored of a prompt is in its row from the start
         prompts = jnp.minimum(lane_prompts, N - 1)
-        rows = jnp.where(idle & (lane_prompts < N), state.lane_rows, -1)
+        starts = idle & (lane_prompts < N)
+        if state.away is not None:
+            starts &= ~state.away[prompts]
+        rows = jnp.where(starts, state.lane_rows, -1)
         cache, index, _ = device.admit(cache, index, rows, state.tokens[prompts], state.num_tokens[prompts])
     state = dataclasses.replace(
         state, cache=cache, index=index, lane_prompts=lane_prompts, starved=state.starved & ~idle
@@ -319,7 +346,10 @@ def _step(model_fn: ModelFn, params: Any, job: _Job, state: _State, *, num_token
 
 
 def _retire(state: _State) -> _State:
-    """Empties the rows of prompts that stopped; if nobody advanced, stops or preempts the youngest prompt."""
+    """Empties the rows of prompts that stopped; if nobody advanced, stops or preempts the youngest prompt.
+
+    To preempt is to empty its row, or to ask the host to.
+    """
     B, N, R = state.cache.max_seqs, state.tokens.shape[0], state.lane_rows.shape[0]
     running = state.running
     youngest = jnp.argmax(jnp.where(running, state.lane_prompts, -1)).astype(jnp.int32)
@@ -328,7 +358,11 @@ def _retire(state: _State) -> _State:
     reasons = state.reasons.at[stops].set(StopReason.NO_PAGES, mode="drop")
     preempted = state.stalled & ~alone
     leaves = (state.lane_prompts < N) & (reasons[state.prompts] != StopReason.UNFINISHED)
-    leaves |= preempted & (jnp.arange(R, dtype=jnp.int32) == youngest)
+    leaving = None
+    if state.leaving is None:
+        leaves |= preempted & (jnp.arange(R, dtype=jnp.int32) == youngest)
+    else:
+        leaving = jnp.where(preempted, youngest, R)
     rows = jnp.zeros(B, bool).at[state.lane_rows].set(leaves, mode="drop")
     cache, index = state.cache, state.index
     if index is not None:  # also of rows that go on, so that the next prompts find it
@@ -344,6 +378,7 @@ def _retire(state: _State) -> _State:
         stalled=jnp.bool_(False),
         changed=jnp.bool_(False),
         num_preemptions=state.num_preemptions + preempted.astype(jnp.int32),
+        leaving=leaving,
     )
 
 
@@ -351,14 +386,14 @@ def _retire(state: _State) -> _State:
 def _advance(
     model_fn: ModelFn, params: Any, job: _Job, state: _State, until: Int32[Array, ""], *, chunk_size: int
 ) -> _State:
-    """Runs until all prompts are finished or `until` steps have been made in all.
+    """Runs until all prompts are finished, `until` steps have been made in all, or the host is to move pages.
 
     Lanes are handed out and rows emptied only in the outer loop: an ordinary step pays for neither.
     """
     run = functools.partial(_step, model_fn, params, job)
 
     def goes_on(state):
-        return (state.num_steps < until) & ~state.changed
+        return (state.num_steps < until) & ~state.changed & ~state.waits_for_host
 
     def has_chunks(state):  # prompts that wait for pages do not keep the others in wide steps
         return ((state.wanted > 1) & ~state.starved).any()
@@ -376,12 +411,69 @@ def _advance(
         return _retire(state)
 
     def unfinished(state):
-        return (state.num_steps < until) & (state.reasons == StopReason.UNFINISHED).any()
+        unfinished = (state.reasons == StopReason.UNFINISHED).any()
+        return (state.num_steps < until) & unfinished & ~state.waits_for_host
 
     return jax.lax.while_loop(unfinished, cycle, state)
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "return_logprobs"))
+_resume = jax.jit(offload.resume, donate_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _moved(state: _State, away: Bool[Array, "N"]) -> _State:
+    """The state after the host moved pages and these prompts' are with it."""
+    N, R = state.tokens.shape[0], state.lane_rows.shape[0]
+    assert state.away is not None
+    gone = jnp.arange(R, dtype=jnp.int32) == state.leaving
+    new = jnp.sum(away & ~state.away, dtype=jnp.int32)
+    return dataclasses.replace(
+        state,
+        lane_prompts=jnp.where(gone, N, state.lane_prompts),
+        starved=state.starved & ~gone,
+        num_swaps=state.num_swaps + new,
+        away=away,
+        leaving=jnp.int32(R),
+    )
+
+
+class _Swaps:
+    """What is on the host of prompts under way. Changes, unlike the state: a ticket is good for one return."""
+
+    def __init__(self, host: offload.Host):
+        self.host = host
+        self.tickets: dict[int, offload.Ticket] = {}
+
+    def serve(self, state: _State) -> tuple[_State, bool]:
+        """Moves the pages that a state waits for; whether it did wait."""
+        lanes, rows, leaving, returning = jax.device_get(
+            (state.lane_prompts, state.lane_rows, state.leaving, state.returning)
+        )
+        if leaving == len(lanes) and not returning.any():
+            return state, False
+        cache, index = state.cache, state.index
+        if leaving < len(lanes):
+            row = jnp.asarray(rows[leaving])[None]
+            cache, self.host, ticket = offload.preempt(cache, self.host, row)
+            if ticket.ok:
+                self.tickets[int(lanes[leaving])] = ticket
+            else:  # no room on the host: it is recomputed
+                cache = release(cache, jnp.zeros(cache.max_seqs, bool).at[row].set(True))
+        for lane in np.flatnonzero(returning):
+            ticket = self.tickets.pop(int(lanes[lane]))
+            if index is not None:
+                pairs = zip(ticket.extent.held, cache.groups, strict=True)
+                lacking = max(int(held.sum() - (group.ref_counts == 0).sum()) for held, group in pairs)
+                cache, index, _ = device.evict(cache, index, max(lacking, 0))
+            cache, self.host, ok = _resume(cache, self.host, ticket, jnp.asarray(rows[lane])[None])
+            if not ok:  # no room on the device: it is recomputed
+                self.host, _ = offload.discard(self.host, ticket)
+        away = np.zeros(state.tokens.shape[0], bool)
+        away[list(self.tickets)] = True
+        return _moved(dataclasses.replace(state, cache=cache, index=index), away), True
+
+
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "return_logprobs", "swaps"))
 def _start(
     job: _Job,
     prompts: Int32[Array, "N L"],
@@ -389,6 +481,7 @@ def _start(
     *,
     max_new_tokens: int,
     return_logprobs: bool,
+    swaps: bool,
 ) -> tuple[Any, ...]:
     """The fields of the first state, without the cache: that is donated only once everything has been traced."""
     N, width = prompts.shape
@@ -415,6 +508,9 @@ def _start(
         jnp.bool_(False),
         jnp.int32(0),
         jnp.int32(0),
+        jnp.int32(0),
+        jnp.zeros(N, bool) if swaps else None,
+        jnp.int32(R) if swaps else None,
     )
 
 
@@ -439,12 +535,17 @@ class _Program(NamedTuple):
     state: _State
     chunk_size: int
     max_new_tokens: int
+    swaps: _Swaps | None
 
     def advance(self, state: _State, until: Any) -> _State:
         """Runs on, until so many steps were made in all. The state is donated."""
-        return _advance(
-            self.model_fn, self.params, self.job, state, jnp.int32(until), chunk_size=self.chunk_size
-        )
+        waited = True
+        while waited:
+            state = _advance(
+                self.model_fn, self.params, self.job, state, jnp.int32(until), chunk_size=self.chunk_size
+            )
+            state, waited = (state, False) if self.swaps is None else self.swaps.serve(state)
+        return state
 
     def tokens(self, state: _State) -> tuple[Int32[Array, "N max_new"], Int32[Array, "N"]]:
         """The tokens so far and their number, in buffers of their own."""
@@ -462,6 +563,7 @@ class _Program(NamedTuple):
             state.index,
             state.num_steps,
             state.num_preemptions,
+            state.num_swaps,
         )
 
 
@@ -552,6 +654,7 @@ def _prepare(
     seeds: Any = None,
     chunk_size: int | None = None,
     return_logprobs: bool = False,
+    host_pages: int | tuple[int, ...] | None = None,
 ) -> _Program:
     """Checks a request and makes its first state. Changes and donates nothing."""
     if not callable(model_fn):
@@ -562,6 +665,13 @@ def _prepare(
         raise TypeError(f"sampling: expected a Sampling, got {sampling!r}")
     if index is not None and not isinstance(index, device.DeviceIndex):
         raise TypeError(f"index: expected a prefix.device.DeviceIndex, got {type(index).__name__}")
+    swaps = None
+    if host_pages is not None:
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, cache, prompts, prompt_lens, limits))):
+            raise TypeError(
+                "host_pages: the host moves pages between runs of the program, which jit has no place for"
+            )
+        swaps = _Swaps(_rows.account("host_pages", len(cache.groups), host_pages, "pinned_host"))
     max_new_tokens = _checks.static_int("max_new_tokens", max_new_tokens, minimum=1)
     tokens, lens = _read_prompts(prompts, prompt_lens)
     N, width = tokens.shape
@@ -586,8 +696,25 @@ def _prepare(
         rules=resolve(sampling, N),
         families=None if index is None else _families(tokens, lens, cache.page_size),
     )
-    state = _start(job, tokens, cache, max_new_tokens=max_new_tokens, return_logprobs=return_logprobs)
-    return _Program(model_fn, params, job, _State(cache, index, *state), chunk_size, max_new_tokens)
+    state = _start(
+        job,
+        tokens,
+        cache,
+        max_new_tokens=max_new_tokens,
+        return_logprobs=return_logprobs,
+        swaps=swaps is not None,
+    )
+    state = _State(cache, index, *state)
+    if swaps is not None:
+        state, swaps.host = _committed((state, swaps.host))
+    return _Program(model_fn, params, job, state, chunk_size, max_new_tokens, swaps)
+
+
+def _committed(tree: Any) -> Any:
+    """The same buffers, bound to their device as what comes from the host is, so that programs are compiled once."""
+    if len({device for leaf in jax.tree.leaves(tree) for device in leaf.devices()}) > 1:
+        return tree  # a sharded cache is bound already, and the rest may follow it
+    return jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
 
 
 def generate(
@@ -605,15 +732,16 @@ def generate(
     seeds: Any = None,
     chunk_size: int | None = None,
     return_logprobs: bool = False,
+    host_pages: int | tuple[int, ...] | None = None,
     progress: bool = False,
 ) -> Generation:
     """Generates from any number of prompts, batched, in one compiled program.
 
     Prompts take idle rows of the cache, lowest prompt first, and are computed in chunks while others decode; a row
     that finishes frees its pages at once and the next prompt takes its place. When pages run out, prompts wait; when
-    nobody can go on, the youngest gives its pages back and is recomputed later, its tokens kept. Rows that are live in
-    the cache are neither used nor changed. Pages are taken as they are needed: the pool may be far smaller than the
-    prompts and tokens together.
+    nobody can go on, the youngest gives its pages back, and is recomputed later or, with `host_pages`, brought back
+    from the host; its tokens are kept. Rows that are live in the cache are neither used nor changed. Pages are taken as
+    they are needed: the pool may be far smaller than the prompts and tokens together.
 
     What a prompt yields depends on its tokens, sampling values and seed alone: not on its neighbours, the number of
     rows or pages, the chunk size or preemptions. (This holds for the scheduler and the sampler. A model whose matrix
@@ -644,6 +772,9 @@ def generate(
       chunk_size: tokens of a step that computes prompts (static), at least R. None: 512, or all prompts if fewer.
       return_logprobs: whether to return log-probabilities: of the chosen tokens under the model's raw logits, before
         penalty, temperature and filters.
+      host_pages: pages of pinned host memory, in each group or a tuple of one number a group (static): a prompt that is
+        preempted moves its pages there and back instead of being recomputed, as long as there is room. The program
+        returns to the host each time, so not inside jit. None: recompute.
       progress: shows a progress bar (tqdm); runs the program in segments as `stream` does.
 
     Returns:
@@ -666,8 +797,9 @@ def generate(
       >>> [paxcache.StopReason(int(r)).name for r in out.stop_reasons]
       ['STOP_TOKEN', 'STOP_TOKEN', 'STOP_TOKEN']
 
-    Reference: iteration-level scheduling, Orca (Yu et al., 2022); preemption by recomputation, vLLM (Kwon et al.,
-    2023); chunked prefill, Sarathi-Serve (Agrawal et al., 2024); reuse of prefixes, SGLang (Zheng et al., 2024).
+    Reference: iteration-level scheduling, Orca (Yu et al., 2022); preemption by recomputation or swapping, vLLM
+    (Kwon et al., 2023); chunked prefill, Sarathi-Serve (Agrawal et al., 2024); reuse of prefixes, SGLang (Zheng et
+    al., 2024).
     """
     arguments = {
         "index": index,
@@ -679,6 +811,7 @@ def generate(
         "seeds": seeds,
         "chunk_size": chunk_size,
         "return_logprobs": return_logprobs,
+        "host_pages": host_pages,
     }
     if progress:
         with stream(model_fn, params, cache, prompts, **arguments, progress=True) as tokens:
@@ -783,6 +916,7 @@ def stream(
     seeds: Any = None,
     chunk_size: int | None = None,
     return_logprobs: bool = False,
+    host_pages: int | tuple[int, ...] | None = None,
     interval: int = _DEFAULT_INTERVAL,
     progress: bool = False,
 ) -> Stream:
@@ -794,7 +928,7 @@ def stream(
 
     Args:
       model_fn, params, cache, prompts, index, max_new_tokens, prompt_lens, limits, sampling, stop_tokens, seeds,
-        chunk_size, return_logprobs: as in `generate`.
+        chunk_size, return_logprobs, host_pages: as in `generate`.
       interval: steps between two looks. 1 gives each token at once; more cost fewer waits for the host.
       progress: shows a progress bar (tqdm) that counts tokens.
 
@@ -839,5 +973,6 @@ def stream(
         seeds=seeds,
         chunk_size=chunk_size,
         return_logprobs=return_logprobs,
+        host_pages=host_pages,
     )
     return Stream(program, interval=interval, progress=progress)

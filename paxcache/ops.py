@@ -64,7 +64,9 @@ def _triton(module: str, function: str, *args: Any, **options: Any) -> Callable[
     def run():
         device = _checks.default_device()
         if device.platform != "gpu":
-            raise NotImplementedError(f"triton needs an NVIDIA GPU, the default device is {device.device_kind!r}")
+            raise NotImplementedError(
+                f"triton needs an NVIDIA GPU, the default device is {device.device_kind!r}"
+            )
         return getattr(importlib.import_module(f"paxcache.kernels.{module}"), function)(*args, **options)
 
     return run
@@ -259,7 +261,9 @@ def plan(
         mosaic_gpu=lambda: Plan(
             mosaic_gpu=_mosaic("attention_sm90", "make_plan", tables, *rows, **shapes, **heads)()
         ),
-        triton=lambda: Plan(triton=_triton("attention_triton", "make_plan", tables, *rows, **shapes, **heads)()),
+        triton=lambda: Plan(
+            triton=_triton("attention_triton", "make_plan", tables, *rows, **shapes, **heads)()
+        ),
         xla=lambda: Plan(xla=xla.make_plan(seq_lens, query_lens, max_pages=M, **shapes)),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 import aot
 import bench_decode_step
 import bench_kernels
+import bench_offload
 import oracle
 import paxcache
 import timing
@@ -331,3 +333,42 @@ def test_cases_are_rows_and_lengths(case, lens):
         assert found.shape == (2,) and (found >= 2048).all() and (found <= 8192).all()
     else:
         assert found.tolist() == lens
+
+
+@pytest.fixture
+def quick_programs():
+    """Programs that nobody times are compiled without most optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("quick_programs")
+def test_bench_offload_runs(tmp_path):
+    """Every section; whatever brought other bits back would be WRONG, and nothing but torch's own copies is refused."""
+    path = tmp_path / "out.json"
+    report = bench_offload.main(["--tiny", "--json", str(path)])
+    assert {r.section for r in report.results} == {*bench_offload.SECTIONS, "summary"}
+    notes = [f"{r.case}: {r.note}" for r in report.results]
+    assert not [n for n in notes if "WRONG" in n]
+    if not timing.on_gpu():
+        assert not [n for n in notes if re.search("refused|failed", n) and ", torch" not in n]
+    swapped = [r for r in report.results if r.section == "swap" and r.of_limit is not None]
+    assert {r.contestant for r in swapped} >= {
+        "offload.swap_out",
+        "in one program",
+        "offload.swap_in",
+        "fresh",
+    }
+    assert len(json.loads(path.read_text())["results"]) == len(report.results)
+
+
+@pytest.mark.usefixtures("quick_programs")
+def test_bench_offload_finds_other_bits(monkeypatch):
+    monkeypatch.setattr(
+        bench_offload._pages, "put", lambda tree, memory_kind: jax.tree.map(jnp.zeros_like, tree)
+    )
+    report = bench_offload.main(["--tiny", "--only", "swap"])
+    wrong = [r.case for r in report.results if "WRONG" in r.note]
+    for form in ("offload.swap_out", "offload.swap_in", "put, then scatter"):
+        assert [case for case in wrong if form in case]

@@ -9,6 +9,7 @@ Programs compile for seconds, so tests share them: six prompts, one cache shape,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import sys
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 
 import paxcache
-from paxcache import _sampling
+from paxcache import _generate, _sampling, offload
 from paxcache._generate import Generation, StopReason, generate, stream
 from paxcache._sampling import Sampling
 
@@ -397,6 +398,44 @@ def test_samples_depend_on_nothing_but_the_prompt_and_its_values(free_pages, max
     assert (int(out.num_preemptions) > 0) == (free_pages == 7)
 
 
+SWAPS: dict[str, Any] = {"sampling": MIXED, "seeds": SEEDS, "return_logprobs": True, "host_pages": 12}
+
+
+@pytest.mark.parametrize("host_pages", [12, 3])
+def test_swapping_changes_no_sample_and_recomputes_nothing(host_pages):
+    num_programs = _generate._advance._cache_size  # pyright: ignore
+    before = num_programs()
+    out = run(cache=busy_cache(7), **{**SWAPS, "host_pages": host_pages})
+    assert num_programs() <= before + 1
+    recomputed = run(cache=busy_cache(7), **{**SWAPS, "host_pages": None})
+    assert out.to_lists() == recomputed.to_lists() == mixed_expected()
+    np.testing.assert_array_equal(out.logprobs, recomputed.logprobs)
+    assert int(recomputed.num_swaps) == 0
+    if host_pages == 12:
+        assert int(out.num_swaps) == int(out.num_preemptions) > 0
+        assert out.num_steps < recomputed.num_steps
+    else:  # not every prompt finds room
+        assert 0 < int(out.num_swaps) < int(out.num_preemptions)
+    assert_empty(out.cache)
+
+
+def test_what_comes_back_is_what_left(monkeypatch):
+    """Pages that change on the host change the tokens: they are read again and not computed anew."""
+
+    right = offload.preempt
+
+    def preempt(*args):
+        cache, host, ticket = right(*args)
+        blocks = jax.tree.map(lambda x: 2 * x, ticket.extent.blocks)
+        extent = dataclasses.replace(ticket.extent, blocks=blocks)
+        return cache, host, dataclasses.replace(ticket, extent=extent)
+
+    monkeypatch.setattr(offload, "preempt", preempt)
+    out = run(cache=busy_cache(7), **SWAPS)
+    assert int(out.num_swaps) > 0
+    assert out.to_lists() != mixed_expected()
+
+
 def test_samples_do_not_depend_on_neighbours():
     order = [4, 1, 3, 1, 0, 4]
     prompts = [PROMPTS[i] for i in order]
@@ -534,10 +573,10 @@ def streamed(interval=1, cache=None, **options):
     return stream(sum_model, TABLE, cache, PROMPTS, interval=interval, **options)
 
 
-@pytest.mark.parametrize("interval", [1, 4, 1000])
-def test_stream_equals_generate(interval):
-    out = run(sampling=MIXED, seeds=SEEDS, return_logprobs=True, cache=busy_cache(9))
-    tokens = streamed(interval, sampling=MIXED, seeds=SEEDS, return_logprobs=True, cache=busy_cache(9))
+@pytest.mark.parametrize(("interval", "host_pages"), [(1, None), (4, None), (1000, None), (3, 12)])
+def test_stream_equals_generate(interval, host_pages):
+    options = {**SWAPS, "host_pages": host_pages}
+    out, tokens = run(cache=busy_cache(7), **options), streamed(interval, cache=busy_cache(7), **options)
     with pytest.raises(RuntimeError, match="exhaust the stream or close"):
         _ = tokens.result
     collected = [[] for _ in PROMPTS]
@@ -555,9 +594,9 @@ def test_tokens_come_one_by_one():
     assert first == (0, sum_oracle(PROMPTS[0])[:1])
 
 
-@pytest.mark.parametrize("items", [0, 1, 5, 25])
-def test_a_stream_closed_early_leaves_nothing_half_done(items):
-    with streamed(2, cache=busy_cache(9)) as tokens:
+@pytest.mark.parametrize(("items", "options"), [(0, {}), (1, {}), (5, {}), (25, {}), (25, SWAPS)])
+def test_a_stream_closed_early_leaves_nothing_half_done(items, options):
+    with streamed(2, cache=busy_cache(9), **options) as tokens:
         for _ in range(items):
             next(tokens)
     assert list(tokens) == []
@@ -566,12 +605,12 @@ def test_a_stream_closed_early_leaves_nothing_half_done(items):
     paxcache.check(out.cache)
     assert out.cache.seq_lens.tolist() == [0, 124, 0, 0]
     assert_empty(out.cache)
-    expected = [sum_oracle(p) for p in PROMPTS]
+    expected = mixed_expected() if options else [sum_oracle(p) for p in PROMPTS]
     for got, whole, reason in zip(out.to_lists(), expected, reasons(out), strict=True):
         assert got == whole[: len(got)]
         assert reason == ("LENGTH" if len(got) == MAX_NEW else "UNFINISHED")
     assert "UNFINISHED" in reasons(out)
-    assert run(cache=out.cache).to_lists() == expected
+    assert run(cache=out.cache, **options).to_lists() == expected
 
 
 def test_progress_bar(capsys):
@@ -632,6 +671,8 @@ def test_progress_needs_tqdm(monkeypatch):
         (dict(sampling=Sampling(temperature=[1.0, 2.0])), ValueError, r"sampling\.temperature: .*N=6"),
         (dict(model_fn=None), TypeError, "model_fn: expected a function"),
         (dict(cache=3), TypeError, "cache: expected a PagedKVCache"),
+        (dict(host_pages=-1), ValueError, "host_pages must be at least 0"),
+        (dict(host_pages=(1, 2)), ValueError, "host_pages: expected one for each of 1 groups, got 2"),
     ],
     ids=lambda value: "" if isinstance(value, type) else str(value)[:40],
 )
@@ -655,15 +696,20 @@ def test_streams_live_on_the_host():
         streamed(0)
 
 
+def test_the_host_moves_pages_outside_jit():
+    with pytest.raises(TypeError, match="host_pages: the host moves pages between runs"):
+        jax.jit(lambda cache: run(np.array([[1, 2]]), cache=cache, host_pages=4))(make_cache())
+
+
 SHARED = [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]  # two full pages and more
 FAMILY = [[*SHARED, 4], SHARED, [9], [*SHARED, 4, 5, 9, 0, 4], [2, 7, 1, 8], [*SHARED, 3]]
 
 
-def make_indexed() -> dict[str, Any]:
+def make_indexed(num_pages: int = 24) -> dict[str, Any]:
     """A cache and its index; 24 pages are few for six prompts of up to 27 tokens with what they generate."""
-    cache = make_cache(num_pages=24)
+    cache = make_cache(num_pages=num_pages)
     sizes = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 8, "page_size": 4, "dtype": jnp.float32}
-    config = paxcache.CacheConfig(num_pages=24, max_seqs=3, max_pages_per_seq=8, **sizes)
+    config = paxcache.CacheConfig(num_pages=num_pages, max_seqs=3, max_pages_per_seq=8, **sizes)
     return {"cache": cache, "index": paxcache.prefix.device.init(config), "chunk_size": 4}
 
 
@@ -711,3 +757,24 @@ def test_any_prompts_with_an_index(prompts):
         out = run(prompts, **state)
         assert out.to_lists() == [sum_oracle(p) for p in prompts]
         state = again(out)
+
+
+def test_swapping_with_an_index():
+    """A row that comes back evicts what only the index holds; what it shared with the index, it has for itself."""
+    prompts = [[n] * (8 + n) for n in range(3, 9)]
+    state: dict[str, Any] = {**make_indexed(num_pages=11), "host_pages": 12}
+    for _ in range(2):
+        out = run(prompts, **state)
+        assert out.to_lists() == [sum_oracle(p) for p in prompts]
+        assert int(out.num_swaps) == int(out.num_preemptions) > 0
+        state.update(again(out))
+
+
+@hypothesis.given(
+    prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=16), min_size=6, max_size=6),
+)
+@hypothesis.settings(max_examples=15)
+def test_any_prompts_with_swaps_and_an_index(prompts):
+    out = run(prompts, **make_indexed(num_pages=11), host_pages=12)
+    assert out.to_lists() == [sum_oracle(p) for p in prompts]
+    assert int(out.num_swaps) <= int(out.num_preemptions)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import re
+from typing import Any
 
 import hypothesis
 import jax
@@ -25,6 +27,7 @@ from test_in_place import config as big_config
 S, M, B = 4, 4, 4
 
 
+QUANTIZED = config_of(group(quantization="int8"), group(quantization="int4", v_head_dim=0))
 each_layout = pytest.mark.parametrize("config", LAYOUTS.values(), ids=LAYOUTS)
 
 
@@ -138,12 +141,38 @@ def test_pages_of_nobody_are_not_copied():
 
 
 def test_extent_outlives_what_happens_to_its_pages():
-    cache = filled(config_of(), (9, 0, 0, 0))
-    extent = offload.swap_out(cache, ids(0, 1, 2))
-    kept = jax.tree.map(np.array, extent)
+    """The pools are given away and overwritten at once, whether the pages have left or not."""
+    (group_,) = with_random_bits(paxcache.init(config_of(num_pages=2000))).groups
+    group_ = dataclasses.replace(group_, ref_counts=jnp.ones(2000, jnp.int32))
+    cache = paxcache.PagedKVCache(jnp.zeros(B, jnp.int32), (group_,))
+    names = jnp.arange(1700)[::-1]
+    kept = jax.tree.map(lambda x: bits(x)[:, names].swapaxes(0, 1), group_.pages)
     overwrite = jax.jit(lambda c: with_pages_of(c, lambda x: x * 0 + 1), donate_argnums=0)
-    overwrite(cache)
-    assert_same(jax.tree.map(np.array, extent), kept)
+    for by_layer in (False, True):
+        given = copy_of(cache)
+        extent = offload.swap_out(given, names, by_layer=by_layer)
+        overwrite(given)
+        (blocks,) = extent.blocks
+        blocks = jax.tree.map(lambda *x: np.stack(x, axis=1), *blocks) if by_layer else blocks
+        for block, wanted in zip(jax.tree.leaves(blocks), jax.tree.leaves(kept), strict=True):
+            np.testing.assert_array_equal(bits(block), wanted)
+
+
+def test_outside_jit_no_program_holds_a_transfer(monkeypatch):
+    """It would hold up what is launched after it until the pages have left. Inside a caller's jit it has to."""
+    cache, host = filled(config_of(), (9, 4, 0, 0)), offload.init(config_of(), 9)
+    gathered, right = [], _pages._gather
+    monkeypatch.setattr(_pages, "_gather", lambda *args: gathered.append(right(*args)) or gathered[-1])
+    for by_layer in (False, True):
+        gathered.clear()
+        extent = offload.swap_out(cache, ids(0, 1), by_layer=by_layer)
+        ticket = offload.preempt(cache, host, ids(0), by_layer=by_layer)[2]
+        for before, after in zip(gathered, (extent.blocks, ticket.extent.blocks), strict=True):
+            for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True):
+                assert (a.sharding.memory_kind, b.sharding.memory_kind) == ("device", "pinned_host")
+    inside = jax.jit(functools.partial(offload.swap_out, by_layer=True))(cache, ids(0, 1))
+    assert_same(inside, extent)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(inside.blocks)} == {"pinned_host"}
 
 
 def with_pages_of(cache, change):
@@ -321,6 +350,242 @@ def test_inside_jit_the_bound_is_what_the_rows_can_map():
     for rows, most in ((ids(0), 4), (ids(0, 1), 7)):
         ticket = jax.eval_shape(offload.preempt, cache, host, rows)[2]
         assert ticket.extent.held[0].shape == (most,)
+
+
+# By layer.
+
+
+def num_layers(cache) -> int:
+    return sum(g.pages.k.shape[0] for g in cache.groups)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def landed(cache, arrival, layers=None):
+    for layer in range(num_layers(cache)) if layers is None else layers:
+        cache, arrival = offload.land(cache, layer, arrival)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("config", "jitted"),
+    [(LAYOUTS["groups"], False), (LAYOUTS["groups"], True), (QUANTIZED, True)],
+    ids=["eager", "jit", "quantized"],
+)
+def test_pages_that_come_by_layer_are_the_same(config, jitted):
+    """Rows that share pages, holes, padding: what whole pages give, in any order of the layers."""
+    cache = filled(config, (13, 6, 0, 0))
+    cache, ok = paxcache.fork(cache, ids(0), ids(2))
+    assert ok.all()
+    rows, host = ids(0, -1, 2), offload.init(config, 20)
+    blank, host_whole, whole = offload.preempt(cache, host, rows)
+    _, host, ticket = offload.preempt(cache, host, rows, by_layer=True)
+    assert_same(host, host_whole)
+    for blocks, pages in zip(ticket.extent.blocks, whole.extent.blocks, strict=True):
+        assert len(blocks) == jax.tree.leaves(pages)[0].shape[1]
+        for layer, block in enumerate(blocks):
+            assert_same(block, jax.tree.map(lambda x, layer=layer: x[:, layer], pages))
+            assert {x.sharding.memory_kind for x in jax.tree.leaves(block)} == {"pinned_host"}
+
+    blank = with_random_bits(blank, seed=3)
+    expected = offload.resume(blank, host, whole, ids(3, -1, 0))
+    assert expected[2]
+    assert_same(offload.resume(blank, host, ticket, ids(3, -1, 0)), expected)
+
+    def back(cache, host, ticket, rows):
+        cache, host, arrival, ok = offload.begin_resume(cache, host, ticket, rows)
+        for layer in reversed(range(num_layers(cache))):
+            cache, arrival = offload.land(cache, layer, arrival)
+        return cache, host, ok
+
+    assert_same((jax.jit(back) if jitted else back)(blank, host, ticket, ids(3, -1, 0)), expected)
+
+    names = tuple(jnp.asarray(np.r_[np.flatnonzero(g.ref_counts)[::-1], -1]) for g in cache.groups)
+    expected = offload.swap_in(blank, offload.swap_out(cache, names))
+    extent = offload.swap_out(cache, names, by_layer=True)
+    assert_same(offload.swap_in(blank, extent), expected)
+    new, arrival, found, ok = offload.begin_swap_in(blank, extent)
+    assert_same((landed(new, arrival), found, ok), expected)
+    assert ok
+
+
+def test_layers_of_a_refused_arrival_change_nothing():
+    config = LAYOUTS["groups"]
+    cache = filled(config, (13, 6, 0, 0))
+    free = int((cache.groups[0].ref_counts == 0).sum())
+    many = jnp.asarray(np.flatnonzero(cache.groups[0].ref_counts)[: free + 1])
+    extent = offload.swap_out(cache, (many, many), by_layer=True)
+    new, arrival, found, ok = offload.begin_swap_in(cache, extent)
+    assert not ok and all((np.asarray(f) == -1).all() for f in found)
+    assert_same(landed(new, arrival), cache)
+    idle, host, ticket = offload.preempt(cache, offload.init(config, 20), ids(0), by_layer=True)
+    new, account, arrival, ok = offload.begin_resume(idle, host, ticket, ids(1))
+    assert not ok, "row 1 is live"
+    assert_same((landed(new, arrival), account), (idle, host))
+    nothing = offload.swap_out(cache, (ids(), ids(-1)), by_layer=True)
+    new, arrival, _, ok = offload.begin_swap_in(cache, nothing)
+    assert ok
+    assert_same(landed(new, arrival), cache)
+
+
+def test_a_layer_lands_in_its_own_pages_alone():
+    config = LAYOUTS["groups"]
+    cache = filled(config, (13, 6, 0, 0))
+    cache, host, ticket = offload.preempt(cache, offload.init(config, 20), ids(0), by_layer=True)
+    cache = with_random_bits(cache, seed=3)
+    new, _, arrival, ok = offload.begin_resume(cache, host, ticket, ids(0))
+    assert ok
+    for layer, (g, index) in enumerate([(0, 0), (0, 1), (1, 0)]):
+        one, _ = offload.land(new, layer, arrival)
+        assert_same(offload.land(new, (g, index), arrival)[0], one)
+        for number, (old, group_) in enumerate(zip(new.groups, one.groups, strict=True)):
+            for a, b in zip(*(jax.tree.leaves(x.pages) for x in (old, group_)), strict=True):
+                differs = (bits(a) != bits(b)).any(axis=(-1, -2, -3, -4))
+                assert differs.any() == (number == g)
+                assert not np.delete(differs, index if number == g else [], axis=0).any()
+
+
+def decode(cache, x, arrival: Any = None, layers: Any = ()):
+    """A token of every row through all layers, with a name for each layer's attention; the layers named land."""
+    cache, step = paxcache.extend(cache, jnp.ones(cache.max_seqs, jnp.int32), max_query_len=1)
+    for layer in range(num_layers(cache)):
+        if layer in layers:
+            cache, arrival = offload.land(cache, layer, arrival, x)
+        cache = paxcache.append(cache, layer, x, -x, step)
+
+        def attention(cache, x, layer=layer):
+            return x + paxcache.attend(cache, layer, x, step)
+
+        x = jax.jit(attention)(cache, x)
+    return cache, x
+
+
+def decode_on_arrival(cache, host, ticket, x, layers: Any = None):
+    """Resumes rows 0 and 1 and decodes, in one program."""
+    cache, host, arrival, _ = offload.begin_resume(cache, host, ticket, ids(0, 1))
+    layers = range(num_layers(cache)) if layers is None else layers
+    return *decode(cache, x, arrival, layers), host
+
+
+def test_attention_waits_for_the_pages_of_its_layer():
+    """One program that resumes and decodes gives what two steps give; a layer that never lands is seen."""
+    config, rng = config_of(group(num_layers=2)), np.random.default_rng(0)
+    cache, step = paxcache.extend(paxcache.init(config), jnp.array([9, 5, 0, 0]), max_query_len=9)
+    for layer in range(2):
+        kv = jnp.asarray(rng.random((B, 9, 2, 4), np.float32))
+        cache = paxcache.append(cache, layer, kv, kv, step)
+    x = jnp.asarray(rng.random((B, 1, 2, 4), np.float32))
+    idle, host, ticket = offload.preempt(cache, offload.init(config, 20), ids(0, 1), by_layer=True)
+    pages = jax.tree.map(lambda x: x * jnp.nan, idle.groups[0].pages)
+    idle = dataclasses.replace(idle, groups=(dataclasses.replace(idle.groups[0], pages=pages),))
+    resumed, account, ok = offload.resume(idle, host, ticket, ids(0, 1))
+    assert ok
+    after, out = jax.jit(decode)(resumed, x)
+    assert jnp.isfinite(out).all()
+    jitted = jax.jit(decode_on_arrival, static_argnums=4)
+    assert_same(jitted(idle, host, ticket, x), (after, out, account))
+    assert jnp.isnan(jitted(idle, host, ticket, x, (0,))[1]).any()
+
+
+def waits(jaxpr) -> list[list[int]]:
+    """Of each transfer in a program, the layers whose attention comes before it."""
+    before: dict[Any, set[int]] = {}
+    found, there, layers = [], set(), 0
+    for eqn in jaxpr.eqns:
+        needs = set().union(*(before.get(v, set()) for v in eqn.invars if not hasattr(v, "val")))
+        if eqn.primitive.name == "device_put":
+            if there.isdisjoint(eqn.invars):  # what is on the device already is not sent again
+                found.append(sorted(needs))
+            there.update(eqn.outvars)
+        if eqn.params.get("name") == "attention":
+            needs, layers = needs | {layers}, layers + 1
+        before.update(dict.fromkeys(eqn.outvars, needs))
+    return found
+
+
+def test_the_next_layers_pages_travel_beside_a_layer():
+    """A transfer waits for all layers before the last one before its own: neither for more, nor for none."""
+    config = config_of(group(num_layers=4))
+    cache = filled(config, (9, 5, 0, 0))
+    idle, host, ticket = offload.preempt(cache, offload.init(config, 20), ids(0, 1), by_layer=True)
+    jaxpr = jax.make_jaxpr(decode_on_arrival)(idle, host, ticket, jnp.ones((B, 1, 2, 4)))
+    assert waits(jaxpr.jaxpr) == [[], [], [0], [0, 1]]
+
+
+def test_fetched_layers_are_waited_for():
+    config = LAYOUTS["groups"]
+    cache = filled(config, (13, 6, 0, 0))
+    idle, host, ticket = offload.preempt(cache, offload.init(config, 20), ids(0, 1), by_layer=True)
+    expected = offload.resume(idle, host, ticket, ids(0, 1))
+    new, account, arrival, ok = offload.begin_resume(idle, host, ticket, ids(0, 1))
+    with pytest.raises(
+        ValueError, match="arrival: expected one from fetch, got one whose pages are on the host"
+    ):
+        offload.wait(0, arrival, timeout=0)
+    fetched = offload.fetch(arrival)
+    for layer in range(3):
+        offload.wait(layer, fetched, timeout=60)
+        new, fetched = offload.land(new, layer, fetched)
+    assert_same((new, account, ok), expected)
+
+
+class Stuck:
+    """A transfer that is never done."""
+
+    def __init__(self, array):
+        self.sharding, self.looks = array.sharding, 0
+
+    def is_ready(self):
+        self.looks += 1
+        return False
+
+
+def test_a_time_out_names_the_layer():
+    config = LAYOUTS["groups"]
+    cache = filled(config, (13, 6, 0, 0))
+    extent = offload.swap_out(cache, (ids(0, 1), ids(0)), by_layer=True)
+    cache, arrival, _, _ = offload.begin_swap_in(cache, extent)
+    arrival = offload.fetch(arrival)
+    (first, second), last = arrival.blocks
+    stuck = Stuck(second.v)
+    arrival = dataclasses.replace(arrival, blocks=((first, dataclasses.replace(second, v=stuck)), last))
+    for timeout in (0, 0.01):
+        offload.wait(0, arrival, timeout=timeout + 60)
+        for layer in (1, (0, 1)):
+            with pytest.raises(
+                TimeoutError, match=re.escape(f"layer {layer}: its pages did not arrive within {timeout} s")
+            ):
+                offload.wait(layer, arrival, timeout=timeout)
+        offload.wait(2, arrival, timeout=60)
+    assert 2 + 2 * 2 <= stuck.looks < 1000  # neither once alone nor without a pause
+
+
+def test_arguments_of_layers_are_named():
+    config = LAYOUTS["groups"]
+    cache = filled(config, (13, 6, 0, 0))
+    host = offload.init(config, 20)
+    with pytest.raises(ValueError, match="extent: expected one made with by_layer=True, got whole pages"):
+        offload.begin_swap_in(cache, offload.swap_out(cache, (ids(0), ids(0))))
+    with pytest.raises(ValueError, match="ticket: expected one made with by_layer=True, got whole pages"):
+        offload.begin_resume(cache, host, offload.preempt(cache, host, ids(0))[2], ids(2))
+    extent = offload.swap_out(cache, (ids(0), ids(0)), by_layer=True)
+    other = filled(LAYOUTS["f32"], (13, 6, 0, 0))
+    with pytest.raises(ValueError, match="extent: expected pages of 1 groups, got those of 2"):
+        offload.begin_swap_in(other, extent)
+    one_less = dataclasses.replace(extent, blocks=(extent.blocks[0][:1], extent.blocks[1]))
+    with pytest.raises(ValueError, match="extent: expected leaves like group 0's pages"):
+        offload.begin_swap_in(cache, one_less)
+    cache, arrival, _, _ = offload.begin_swap_in(cache, extent)
+    with pytest.raises(ValueError, match="arrival: expected pages of 1 groups, got 2"):
+        offload.land(other, 0, arrival)
+    for layer, error in ((3, ValueError), ((1, 1), ValueError), ((2, 0), ValueError), (-1, ValueError)):
+        with pytest.raises(error, match="layer"):
+            offload.land(cache, layer, arrival)
+    with pytest.raises(TypeError, match="layer"):
+        jax.jit(lambda i: offload.land(cache, (0, i), arrival))(0)
+    with pytest.raises(TypeError, match="arrival: expected an Arrival"):
+        offload.land(cache, 0, extent)  # pyright: ignore
+    with pytest.raises(TypeError, match="arrival: fetch starts transfers from the host"):
+        jax.jit(offload.fetch)(arrival)
 
 
 # Against a twin that never offloads.
@@ -511,10 +776,21 @@ def test_donated_swap_in_and_resume_are_in_place():
         (offload.swap_in, (extent,)),
         (offload.drop, (rows,)),
     )
+
+    def by_layer(cache, host, ticket, rows):
+        cache, host, arrival, _ = offload.begin_resume(cache, host, ticket, rows)
+        return landed(cache, arrival)
+
+    out = functools.partial(preempt, by_layer=True)
+    ticket = jax.eval_shape(out, cache, host, rows)[2]
+    programs += ((out, (host, rows)), (by_layer, (host, ticket, rows)))
     for function, arguments in programs:
         compiled = jax.jit(function, donate_argnums=0).lower(cache, *arguments).compile()
         assert_in_place(compiled, cache)
         assert " while(" not in text_of(compiled)
+    x = shape(B, 1, *cache.groups[0].pages.k.shape[2::2], dtype="bfloat16")
+    compiled = jax.jit(decode_on_arrival, donate_argnums=0).lower(cache, host, ticket, x).compile()
+    assert_in_place(compiled, cache)
     compiled = jax.jit(offload.defragment, donate_argnums=0).lower(cache).compile()
     assert_in_place(compiled, cache)
     assert not _HOST.search(text_of(compiled))

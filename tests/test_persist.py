@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import resource
 import subprocess
 import sys
@@ -31,6 +32,7 @@ import paxcache
 from driver import config_of
 from layouts import LAYOUTS, assert_same, bits, group, ids, with_random_bits
 from paxcache import offload, persist, prefix, sharding
+from paxcache.persist import _checkpoint
 from paxcache.prefix import _tree
 
 PLENTY = 2**30
@@ -944,12 +946,13 @@ def test_other_versions_are_refused(tmp_path):
     described = json.loads(file.read_text())
 
     def load_changed(**changes):
-        file.write_text(json.dumps({**described, **changes}))
+        changed = {**described, **changes}
+        file.write_text(json.dumps({**changed, "checksum": _checkpoint._text_checksum(changed)}))
         return persist.load(tmp_path)
 
     assert load_changed() == {"pin": prefix.Pin(3, 1)}
     for changes, message in (
-        ({"version": 2}, "path: expected version 1, got 2"),
+        ({"version": 1}, "path: expected version 2, got 1"),
         ({"format": None}, "path: expected format 'paxcache checkpoint', got None"),
         (
             {"types": {**described["types"], "Pin": ["node"]}},
@@ -961,6 +964,58 @@ def test_other_versions_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load_changed(**changes)
+
+
+def test_checksums_see_every_element_and_its_place():
+    rng = np.random.default_rng(0)
+
+    def checksum(data, dims=None):
+        return int(_checkpoint._checksum(jnp.asarray(data), dims or data.shape))
+
+    for name in DTYPES:
+        data = rng.integers(0, 2 if name == "bool" else 8 if "int4" in name else 256, (3, 2, 16), np.uint8)
+        data = data.view(name)
+        sums = {
+            checksum(data),
+            checksum(data.swapaxes(0, 1)),
+            *(checksum(np.flip(data, i)) for i in range(3)),
+        }
+        for at in range(data.size):
+            changed = data.copy()
+            changed.view(np.uint8).reshape(data.size, -1)[at, 0] ^= 1
+            sums.add(checksum(changed))
+        assert len(sums) == 5 + data.size, name
+        longer = np.pad(data.view(np.uint8), [(0, 2), (0, 0), (0, 16)]).view(name)
+        assert checksum(longer, data.shape) == checksum(data)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:coroutine .* was never awaited", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+@pytest.mark.parametrize(
+    "place, message",
+    [("arrays", r"of tree\['x'\]"), ("host", "of values beside the arrays"), ("tree", "of the description")],
+)
+def test_a_damaged_checkpoint_is_an_error(place, message, tmp_path):
+    """Whatever byte of its largest file changes, or if that ends early: an error, or what was saved."""
+    rng = np.random.default_rng(0)
+    state = {"x": jnp.asarray(rng.random(5000, np.float32)), "y": rng.random(5000), "z": [*range(5000)]}
+    persist.save(tmp_path, state)
+    files = [f for f in (tmp_path / "state-1" / place).rglob("*") if f.is_file()]
+    file = max(files, key=lambda f: f.stat().st_size)
+    whole, messages = file.read_bytes(), []
+    for flip in (True, True, True, True, False):
+        data, at = bytearray(whole), rng.integers(len(whole))
+        data[at] ^= 1 << rng.integers(8)
+        file.write_bytes(data if flip else data[:at])
+        try:
+            assert_equal(persist.load(tmp_path), state)
+        except (ValueError, OSError) as error:
+            messages.append(str(error))
+    assert all(str(tmp_path) in text for text in messages)
+    assert any(re.search(f"path: damaged: expected checksum .* {message}", text) for text in messages)
+    file.write_bytes(whole)
+    assert_equal(persist.load(tmp_path), state)
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path):

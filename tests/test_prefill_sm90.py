@@ -15,9 +15,9 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.sharding import PartitionSpec as Spec
 
 import aot
+import rows
 from paxcache.kernels import _mosaic, attention_sm90, decode_sm90, prefill_sm90
 from paxcache.kernels._attention import check_supported
-import rows
 from rows import Case, make_inputs, pool_shape
 
 CASES = {
@@ -326,7 +326,15 @@ FEATURES = [
     Case(lens=(), kv_heads=8, head_dim=96, group=5, page_size=64, dtype=jnp.float16, window=100),
     Case(lens=(), kv_heads=1, head_dim=128, group=7, page_size=128, causal=False, sinks=True),
     Case(lens=(), kv_heads=8, head_dim=128, quantization="fp8_e4m3"),
-    Case(lens=(), kv_heads=8, head_dim=128, quantization="int8", layer_scales=True, dtype=jnp.float16, window=100),
+    Case(
+        lens=(),
+        kv_heads=8,
+        head_dim=128,
+        quantization="int8",
+        layer_scales=True,
+        dtype=jnp.float16,
+        window=100,
+    ),
     Case(lens=(), kv_heads=2, head_dim=128, group=5, quantization="int4", page_size=64, soft_cap=30.0),
 ]
 

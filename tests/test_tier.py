@@ -218,6 +218,16 @@ def test_staging_is_bounded(copies):
     w.check()
 
 
+def test_two_blocks_leave_the_device_at_a_time(monkeypatch):
+    w, calls = tiered(block_bytes=2 * PAGE_BYTES), []
+    w.serve(0, range(32))
+    for module, name in ((_pages, "copy_out"), (jax, "block_until_ready")):
+        right = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, n=name, f=right, **k: calls.append(n) or f(*a, **k))
+    assert w.evict(100) == 8
+    assert calls == ["copy_out"] * 2 + ["block_until_ready", "copy_out"] * 2
+
+
 def test_large_blocks_are_read_where_they_lie(copies, monkeypatch):
     monkeypatch.setattr(_policies, "_DIRECT_BYTES", 3 * PAGE_BYTES)
     w = tiered()
@@ -239,8 +249,8 @@ def test_a_transfer_moves_each_leaf_once():
     """The programs themselves, for keys and values: one gather and one transfer each, one transfer and one scatter."""
     w = tiered(layer_group(num_layers=3))
     pools, ids = (w.cache.groups[0].pages,), (np.arange(5, dtype=np.int32),)
-    out = jax.make_jaxpr(lambda p, i: _pages.copy_out(p, i, jax.memory.Space.Host, "xla"))(pools, ids)
-    block = _pages.copy_out(pools, ids, jax.memory.Space.Host, "xla")
+    out = jax.make_jaxpr(lambda p, i: _pages.copy_out(p, i, "pinned_host", "xla"))(pools, ids)
+    block = _pages.copy_out(pools, ids, "pinned_host", "xla")
     back = jax.make_jaxpr(lambda p, i, b: _pages.copy_in(p, i, b, "xla"))(pools, ids, block)
     for program, move in ((out, " gather["), (back, " scatter[")):
         text = str(program)

@@ -206,7 +206,9 @@ def load_bytes(ref: Any, dtype: Any, *, transposed: bool, interpreted: bool) -> 
         warp, lane = _place()
         base = mgpu_utils.memref_ptr(ref)
         registers = np.empty(layout.registers_shape(shape), dtype=object)
-        flat = registers.reshape(*registers.shape[:2], 2)  # blocks of 64 rows, of 8 columns; upper and lower rows
+        flat = registers.reshape(
+            *registers.shape[:2], 2
+        )  # blocks of 64 rows, of 8 columns; upper and lower rows
 
         def load_four(row, byte, order):
             return _load_four(base, _tile_address(row, byte, row_bytes, swizzle), order)
@@ -284,8 +286,8 @@ def dequantize(stored: Any, target: Any, scales: Any, dtype: Any, *, interpreted
     """A tile of quantised numbers as halves in shared memory, scales included.
 
     Args:
-      stored: [tokens, row of bytes], with the transforms of `matrix_tiles`. Of bytes of two numbers (uint8) the low bits
-        are the first half of the columns.
+      stored: [tokens, row of bytes], with the transforms of `matrix_tiles`. Of bytes of two numbers (uint8) the low
+        bits are the first half of the columns.
       target: halves [tokens, columns], with the transforms of `matrix_tiles`.
       scales: f32[tokens or more] in shared memory, or a scalar.
       dtype: of the bytes.

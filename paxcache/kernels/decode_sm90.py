@@ -762,7 +762,9 @@ class _Walk:
         """The tile after the piece that begins at a place."""
         _, _, tile, *_ = place
         tiles, piece_len = self.tiles_of(place), self.case.config.piece_len
-        return jnp.minimum(tiles, tile + (tiles_left if piece_len is None else _piece_tiles(piece_len, tiles)))
+        return jnp.minimum(
+            tiles, tile + (tiles_left if piece_len is None else _piece_tiles(piece_len, tiles))
+        )
 
     def move(self, place: tuple[Any, ...], tile: Any) -> tuple[Any, ...]:
         """To a tile of the same pair, or to the next pair if the pair has no such tile."""
@@ -832,7 +834,9 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                     def _(free=free):
                         plgpu.barrier_wait(free.at[slot])
 
-                    if name == "k":  # noted before the copies are issued: their arrival at `full` shows it too
+                    if (
+                        name == "k"
+                    ):  # noted before the copies are issued: their arrival at `full` shows it too
                         bits = [jnp.where(page < 0, 1 << j, 0) for j, page in enumerate(pages)]
                         notes[consumer, NOTES + lax.rem(i, stages)] = functools.reduce(lax.bitwise_or, bits)
                     for j, page in enumerate(pages):
@@ -847,7 +851,9 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                             target = target.at[:, pl.ds(0, D)]
                         # Every copy arrives at `full` with its last byte; the consumer waits for all of a tile's.
                         plgpu.copy_gmem_to_smem(part(refs[name]), target, full.at[slot])
-                        if name == "k" and case.token_scales:  # both, as the values' are needed before the values
+                        if (
+                            name == "k" and case.token_scales
+                        ):  # both, as the values' are needed before the values
                             for scales in ("k_scales", "v_scales"):
                                 target = scratch[scales].at[slot, pl.ds(j * copy_len, copy_len)]
                                 # A plain bulk copy: boxes may not begin between multiples of 128 bytes.
@@ -999,7 +1005,9 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 acc, m, l = carry
                 stage = lax.rem(tiles_done + (t - begin), stages)
                 slot = consumer * stages + stage
-                plgpu.barrier_wait(k_full.at[slot])  # this tile's keys and scales, and the note about its holes
+                plgpu.barrier_wait(
+                    k_full.at[slot]
+                )  # this tile's keys and scales, and the note about its holes
                 holes = own_notes[NOTES + stage]
                 if case.quantized:
                     of_keys, log_of_values, inverse_of_values = scales_of(slot)
@@ -1030,9 +1038,7 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 if case.windowed:
                     foreign = jnp.logical_or(foreign, low_any > t * TILE)
                 if case.may_be_nan:
-                    pl.when(foreign)(
-                        lambda: clean_values(slot, low_any, length - base, holes, t * TILE)
-                    )
+                    pl.when(foreign)(lambda: clean_values(slot, low_any, length - base, holes, t * TILE))
                 values = quantized_values(slot) if case.quantized else v_s.at[slot].T
                 plgpu.commit_smem()  # all threads' p_s and values, before the matrix unit reads them
                 acc = acc + weighted_values(values)

@@ -172,7 +172,9 @@ def default_config(*, head_dim: int, dtype: Any, limits: DeviceLimits | None = N
     """Blocks as long as the registers allow, and as many stages as fit, output apart from queries if it can be."""
     limits, dtype = device_limits() if limits is None else limits, jnp.dtype(dtype)
     form, itemsize = _quantize.BY_DTYPE.get(dtype), 2  # halves are what is multiplied
-    block_kv = 128 if head_dim <= 128 and form is None else 64  # converting takes registers from the consumers
+    block_kv = (
+        128 if head_dim <= 128 and form is None else 64
+    )  # converting takes registers from the consumers
     rows = CONSUMERS * ROWS * head_dim * itemsize
     stage = block_kv * head_dim * itemsize
     slack = 2048 if form is None else 4096  # what is not counted takes less
@@ -473,7 +475,7 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             return (head + kv_head_of(line, head_item)) * S + lax.rem(token, jnp.full_like(token, S))
 
         def fetch_scales(round_id, t):
-            """Those of block t's keys and values, of a token for each thread. What waits for memory is the next step."""
+            """Those of block t's keys and values, of a token for each thread; the next step waits for memory."""
             line, head_item = item(round_id)
             line = jnp.minimum(line, plan.shape[0] - 1)  # a program without items fetches all the same
             token = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=EACH_THREAD)

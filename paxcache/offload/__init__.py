@@ -14,6 +14,10 @@ while it is read. The memory returns when the last reference to the extent is dr
     cache, host, ticket = offload.preempt(cache, host, rows)    # ticket.ok; the rows are idle, their pages free
     cache, host, ok = offload.resume(cache, host, ticket, rows)
 
+    cache, host, ticket = offload.preempt(cache, host, rows, by_layer=True)      # or swap_out; inside a model, then:
+    cache, host, arrival, ok = offload.begin_resume(cache, host, ticket, rows)   # or begin_swap_in
+    cache, arrival = offload.land(cache, layer, arrival, x)     # in each layer, while the next one's pages travel
+
     tier = offload.init_tier(config, num_pages)                 # below a prefix index: pages of prompts on the host
     cache, index, tier, _ = offload.evict(cache, index, tier, num_pages)   # to the host; also make_room, write_through
     cache, index, tier, _ = offload.prefetch(cache, index, tier, tokens)   # and back, before prefix.admit
@@ -25,10 +29,18 @@ while it is read. The memory returns when the last reference to the extent is dr
 `bind_thread` keeps a thread that makes pinned memory beside the GPU.
 
 `resize` and the calls with a tier read counts on the host. All others run under jit, and pools change in place where a
-caller's jit donates them. Keep the two directions in programs of their own: within one, XLA may drop the way over the
-host. Nothing raises because of what values are: a refused call changes nothing and says so.
+caller's jit donates them. Call `swap_out` and `preempt` outside jit where something else is to run meanwhile: a
+transfer within a program holds up what is launched after it. On the way back the pools need it, so whatever reads them
+waits; `land` makes that a layer at a time. Keep the two directions in programs of their own: within one, XLA may drop
+the way over the host. Nothing raises because of what values are: a refused call changes nothing and says so.
 """
 
+from paxcache.offload._layers import Arrival as Arrival
+from paxcache.offload._layers import begin_resume as begin_resume
+from paxcache.offload._layers import begin_swap_in as begin_swap_in
+from paxcache.offload._layers import fetch as fetch
+from paxcache.offload._layers import land as land
+from paxcache.offload._layers import wait as wait
 from paxcache.offload._numa import Binding as Binding
 from paxcache.offload._numa import bind_thread as bind_thread
 from paxcache.offload._pages import Extent as Extent

@@ -34,8 +34,8 @@ _SPACES = {"pinned_host": jax.memory.Space.Host, "device": jax.memory.Space.Devi
 class Extent:
     """Copies of pages, by group. A value: nothing ever writes to it."""
 
-    blocks: tuple[Pages, ...]
-    """Per group, the pages' leaves as [N, L, ...], in host memory."""
+    blocks: tuple[Any, ...]
+    """Per group, the pages' leaves as [N, L, ...], in host memory; or, by layer, a tuple over L of leaves [N, ...]."""
     held: tuple[Bool[Array, "N"], ...]
     """Per group, which entries hold a page; the others are padding."""
 
@@ -77,27 +77,82 @@ def shapes_of(pools: Iterable[Pages]) -> tuple[tuple[Any, ...], ...]:
     )
 
 
+def put(tree: Any, memory_kind: str) -> Any:
+    """The arrays in another memory. Inside jit the transfer is part of the program; outside it is only begun."""
+    there = space(memory_kind)
+    if not is_traced(tree):
+        there = jax.tree.map(lambda x: x.sharding.with_memory_kind(memory_kind), tree)
+    return jax.device_put(tree, there)
+
+
+def copy_out(
+    pages: tuple[Pages, ...],
+    page_ids: tuple[Any, ...],
+    memory_kind: str,
+    implementation: Implementation,
+    by_layer: bool = False,
+) -> tuple[Any, ...]:
+    """Blocks of the named pages in another memory.
+
+    Outside jit a program gathers and the transfer is none of its own: one that waits for the link holds up whatever is
+    launched after it. The transfer reads an array that nobody else has, so the pools may be donated at once.
+    """
+    return put(_gather(pages, page_ids, implementation, by_layer), memory_kind)
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def copy_out(pages, page_ids, space, implementation):
-    """Blocks of the named pages in another memory. Pools go in and do not come out, so an eager call copies none."""
+def _gather(pages, page_ids, implementation, by_layer):
+    """The named pages, by group. Pools go in and do not come out, so an eager call copies none."""
     blocks = []
     for pool, ids in zip(pages, page_ids, strict=True):
-        if ids.shape[0]:
-            block = ops.gather_pages(pool, ids, implementation=implementation)
+        if by_layer:
+            layers = range(jax.tree.leaves(pool)[0].shape[0])
+            blocks.append(tuple(_take_layer(pool, layer, ids, implementation) for layer in layers))
         else:
-            block = jax.tree.map(lambda x: jnp.zeros((0, x.shape[0], *x.shape[2:]), x.dtype), pool)
-        blocks.append(jax.device_put(block, space))
+            blocks.append(_take(pool, ids, implementation))
     return tuple(blocks)
+
+
+def _take(pool, ids, implementation):
+    if ids.shape[0]:
+        return ops.gather_pages(pool, ids, implementation=implementation)
+    return jax.tree.map(lambda x: jnp.zeros((0, x.shape[0], *x.shape[2:]), x.dtype), pool)
+
+
+def _of_layer(pool, layer, ids):
+    """The pool as one layer of L * P pages, and where those of a layer are in it."""
+    L, P = jax.tree.leaves(pool)[0].shape[:2]
+    flat = jax.tree.map(lambda x: x.reshape(1, L * P, *x.shape[2:]), pool)
+    return flat, jnp.where((ids >= 0) & (ids < P), layer * P + ids, L * P)
+
+
+def _take_layer(pool, layer, ids, implementation):
+    """Leaves [N, ...] of one layer."""
+    block = _take(*_of_layer(pool, layer, ids), implementation)
+    return jax.tree.map(lambda x: x[:, 0], block)
+
+
+def put_layer(pool, layer, ids, block, implementation):
+    """The pool with a block [N, ...] in one layer of the named pages."""
+    if not ids.shape[0]:
+        return pool
+    flat, ids = _of_layer(pool, layer, ids)
+    block = jax.tree.map(lambda x: x[:, None], jax.device_put(block, jax.memory.Space.Device))
+    flat = ops.scatter_pages(flat, ids, block, implementation=implementation)
+    return jax.tree.map(lambda x, old: x.reshape(old.shape), flat, pool)
 
 
 def _copy_in(pages, page_ids, blocks, implementation):
     """The pools with the blocks in the named pages; ids outside a pool are dropped."""
     pools = []
     for pool, ids, block in zip(pages, page_ids, blocks, strict=True):
-        here = jax.device_put(block, jax.memory.Space.Device)
-        pools.append(
-            ops.scatter_pages(pool, ids, here, implementation=implementation) if ids.shape[0] else pool
-        )
+        if isinstance(block, tuple):
+            for layer, part in enumerate(block):
+                pool = put_layer(pool, layer, ids, part, implementation)  # noqa: PLW2901
+        elif ids.shape[0]:
+            here = jax.device_put(block, jax.memory.Space.Device)
+            pool = ops.scatter_pages(pool, ids, here, implementation=implementation)  # noqa: PLW2901
+        pools.append(pool)
     return tuple(pools)
 
 
@@ -122,14 +177,16 @@ def check_extent(name: str, cache: PagedKVCache, extent: Extent) -> None:
             f"{name}: expected pages of {len(cache.groups)} groups, got those of {len(extent.blocks)}"
         )
     for g, (group, blocks) in enumerate(zip(cache.groups, extent.blocks, strict=True)):
-        if jax.tree.structure(group.pages) != jax.tree.structure(blocks):
+        N, like = extent.held[g].shape[0], group.pages
+        if isinstance(blocks, tuple):
+            like = (like,) * jax.tree.leaves(like)[0].shape[0]
+        if jax.tree.structure(like) != jax.tree.structure(blocks):
             raise ValueError(
-                f"{name}: expected leaves like group {g}'s pages, {jax.tree.structure(group.pages)}, "
+                f"{name}: expected leaves like group {g}'s pages, {jax.tree.structure(like)}, "
                 f"got {jax.tree.structure(blocks)}"
             )
-        N = extent.held[g].shape[0]
-        for pool, block in zip(jax.tree.leaves(group.pages), jax.tree.leaves(blocks), strict=True):
-            expected = (N, pool.shape[0], *pool.shape[2:])
+        for pool, block in zip(jax.tree.leaves(like), jax.tree.leaves(blocks), strict=True):
+            expected = (N, *(() if isinstance(blocks, tuple) else pool.shape[:1]), *pool.shape[2:])
             if block.shape != expected or block.dtype != pool.dtype:
                 raise ValueError(
                     f"{name}: expected {pool.dtype}{list(expected)} for group {g}, got {_checks.describe(block)}"
@@ -151,9 +208,17 @@ def swap_out(
     page_ids: Int32[Array, "N"] | tuple[Int32[Array, "N"], ...],
     *,
     memory_kind: str = "pinned_host",
+    by_layer: bool = False,
     implementation: Implementation = None,
 ) -> Extent:
     """Copies pages, with all their layers, to host memory. The cache and its references stay as they are.
+
+    Outside jit the copies are gathered by one program and leave while others run, taking as much room on the device
+    until they have left; the cache may be donated at once. Inside a jit of the caller's the transfer is part of that
+    program, and what is launched after it waits for the link.
+
+    Pinned memory is taken when it is first needed, which for 1 GiB can take longer than thirty transfers of as much.
+    JAX keeps it when an extent is dropped: a program that minds swaps its largest extent out once when it starts.
 
     Programs are compiled for each N: pad lists to a few sizes.
 
@@ -162,6 +227,7 @@ def swap_out(
       page_ids: i32[N] pages in any order, or a tuple of one such array a group. Ids outside [0, P) are padding; a
         page that nobody references is nobody's to copy and counts as padding too.
       memory_kind: where the copies go: "pinned_host", or "device" for those who only want a copy.
+      by_layer: makes a block of each layer, for `begin_swap_in`: whole pages are fewer, larger transfers.
       implementation: backend of the gather, see `paxcache.ops`.
 
     Returns:
@@ -185,7 +251,7 @@ def swap_out(
     """
     ids = _check_page_ids(cache, page_ids)
     ids, held = _find_pages(tuple(g.ref_counts for g in cache.groups), ids)
-    return Extent(copy_out(pages_of(cache), ids, space(memory_kind), implementation), held)
+    return Extent(copy_out(pages_of(cache), ids, memory_kind, implementation, by_layer), held)
 
 
 @jax.jit
@@ -206,6 +272,9 @@ def swap_in(
 
     Each of the pages comes with one reference, which is the caller's: hand the pages on (`prefix.move` takes references
     of its own), then give them back with `drop`.
+
+    The transfer is part of the program that writes the pools, which a caller's jit may donate to it; what is launched
+    after it waits for the link. `begin_swap_in` spreads that over the layers of a model.
 
     Args:
       cache: the cache.

@@ -56,6 +56,8 @@ class Ticket:
 def init(config: CacheConfig, num_pages: int | tuple[int, ...], *, memory_kind: str = "pinned_host") -> Host:
     """An account of host memory, for `preempt`. Reserves nothing: each ticket brings its own memory.
 
+    Memory that is needed for the first time costs more than the transfer, see `swap_out`.
+
     Args:
       config: the cache's configuration.
       num_pages: pages that the tickets together may hold, in each group; or a tuple of one number a group.
@@ -79,13 +81,17 @@ def init(config: CacheConfig, num_pages: int | tuple[int, ...], *, memory_kind: 
     """
     if not isinstance(config, CacheConfig):
         raise TypeError(f"config: expected a CacheConfig, got {config!r}")
-    capacity = _pages.by_group("num_pages", num_pages, len(config.layer_groups), minimum=0)
+    return account("num_pages", len(config.layer_groups), num_pages, memory_kind)
+
+
+def account(name: str, num_groups: int, num_pages: int | tuple[int, ...], memory_kind: str) -> Host:
+    """An account of so many pages in each group; `name` is the argument that says how many."""
+    capacity = _pages.by_group(name, num_pages, num_groups, minimum=0)
     if sum(capacity) > INT32_MAX:
-        raise ValueError(f"num_pages: together they must fit int32, got {sum(capacity)}")
+        raise ValueError(f"{name}: together they must fit int32, got {sum(capacity)}")
     _pages.space(memory_kind)
-    serials = jnp.full(
-        max(sum(capacity), 1), NO_PAGE, jnp.int32
-    )  # a ticket that is out holds a page at least
+    # A ticket that is out holds a page at least.
+    serials = jnp.full(max(sum(capacity), 1), NO_PAGE, jnp.int32)
     used = jnp.zeros(len(capacity), jnp.int32)
     return Host(jnp.array(capacity, jnp.int32), used, serials, jnp.int32(0), memory_kind)
 
@@ -105,12 +111,16 @@ def preempt(
     rows: Int32[Array, "N"],
     *,
     max_pages: int | tuple[int, ...] | None = None,
+    by_layer: bool = False,
     implementation: Implementation = None,
 ) -> tuple[PagedKVCache, Host, Ticket]:
     """Moves whole rows to the host and frees their pages; all of the named rows or none.
 
     Pages that other rows or a prefix index share are copied out like the others, and those keep theirs. Pages that
     the preempted rows share with each other go once, and are shared again after `resume`.
+
+    Outside jit the rows are idle once the pages are gathered, and these leave while other programs run, as in
+    `swap_out`; inside jit the transfer is part of the program.
 
     A ticket's memory is `max_pages` pages, whether it needs them or not; the account counts those that it needs.
 
@@ -121,6 +131,7 @@ def preempt(
       max_pages: pages that the ticket can hold (static), in each group or a tuple of one number a group. None: called
         outside jit, it is read from the cache and rounded up by an eighth at most, so that few programs are compiled;
         inside jit, it is the most that N rows can map.
+      by_layer: makes a block of each layer, for `begin_resume`.
       implementation: backend of the gather, see `paxcache.ops`.
 
     Returns:
@@ -156,7 +167,7 @@ def preempt(
     else:
         bounds = _read_bounds(cache, host, rows)
     new, host, ticket, ids = _integers_only(_preempt, cache, host, rows, bounds)
-    blocks = _pages.copy_out(_pages.pages_of(cache), ids, _pages.space(host.memory_kind), implementation)
+    blocks = _pages.copy_out(_pages.pages_of(cache), ids, host.memory_kind, implementation, by_layer)
     extent = dataclasses.replace(ticket.extent, blocks=blocks)
     return new, host, dataclasses.replace(ticket, extent=extent)
 
@@ -243,6 +254,8 @@ def resume(
 ) -> tuple[PagedKVCache, Host, Bool[Array, ""]]:
     """Brings preempted rows back into idle rows, bit for bit; all of them or none.
 
+    What is launched after it waits for the transfer, as in `swap_in`; `begin_resume` brings pages layer by layer.
+
     Args:
       cache: the cache.
       host: the account, that of the `preempt` or a later one.
@@ -260,6 +273,15 @@ def resume(
 
     Example: see `preempt`.
     """
+    new, host, targets, ok = take_rows(cache, host, ticket, rows)
+    pages = _pages.copy_in(_pages.pages_of(new), targets, ticket.extent.blocks, implementation)
+    return _pages.with_pages(new, pages), host, ok
+
+
+def take_rows(
+    cache: PagedKVCache, host: Host, ticket: Ticket, rows: Int32[Array, "N"]
+) -> tuple[PagedKVCache, Host, tuple[Int32[Array, "N"], ...], Bool[Array, ""]]:
+    """A `resume` without the copy: also says where the ticket's pages go."""
     _check_host(cache, host)
     if not isinstance(ticket, Ticket):
         raise TypeError(f"ticket: expected a Ticket (from preempt), got {ticket!r}")
@@ -269,9 +291,7 @@ def resume(
         _checks.int_array("ticket's block_tables", table, "N M", N=N, M=M)
     rows = _checks.int_array("rows", rows, "N", N=N)
     bare = dataclasses.replace(ticket, extent=Extent((), ticket.extent.held))
-    new, host, targets, ok = _integers_only(_resume, cache, host, bare, rows)
-    pages = _pages.copy_in(_pages.pages_of(new), targets, ticket.extent.blocks, implementation)
-    return _pages.with_pages(new, pages), host, ok
+    return _integers_only(_resume, cache, host, bare, rows)
 
 
 @jax.jit

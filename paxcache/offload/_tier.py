@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from paxcache.prefix._tree import Tree
 
 _BLOCK_BYTES = 2**26
+_MOST_UNDER_WAY = 2  # blocks that take room on the device while they leave it
 
 type Item = tuple[bytes, Int32[np.ndarray, "G"]]
 """A page to store: its key, and where it lies on the device in each group."""
@@ -136,7 +138,8 @@ def init_tier(
       config: the cache's.
       num_pages: pages that it has memory for at most, in each group; or a tuple of one number a group.
       memory_kind: where they lie: "pinned_host", or "device".
-      block_bytes: bytes that one transfer moves at most, and that it takes on the device meanwhile.
+      block_bytes: bytes that one transfer moves at most, and that it takes on the device meanwhile. Two are under way
+        at a time: a call that copies more to the host waits for the first ones.
 
     Returns:
       A `HostTier`.
@@ -379,7 +382,7 @@ def store(
             del missing[key]
         draft.forget(key)
     draft.join()
-    space = _pages.space(tier.memory_kind)
+    under_way: deque[Pages] = deque()
     for g, group in enumerate(cache.groups):
         keys = [key for key, groups in missing.items() if g in groups]
         at = 0
@@ -387,7 +390,10 @@ def store(
             some = keys[at : at + size]
             ids = np.full(size, group.ref_counts.shape[0], np.int32)
             ids[: len(some)] = [wanted[key][g] for key in some]
-            (block,) = _pages.copy_out((group.pages,), (ids,), space, implementation)
+            if len(under_way) == _MOST_UNDER_WAY:
+                jax.block_until_ready(under_way.popleft())
+            (block,) = _pages.copy_out((group.pages,), (ids,), tier.memory_kind, implementation)
+            under_way.append(block)
             draft.add_block(g, block, some)
             draft.num_pages[g] += len(some)
             draft.moved["pages_written"] += len(some)

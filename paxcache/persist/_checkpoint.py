@@ -3,7 +3,8 @@
 A checkpoint holds three things: a description of the tree in JSON, the bytes of what lives on the host (a prefix
 index, NumPy arrays), and JAX arrays, which Orbax writes and reads shard by shard. The description names types of this
 library and of Python that are built from their parts, and nothing that could be called: reading one runs no code of its
-writer's. Types that it does not know are taken from the target.
+writer's. Types that it does not know are taken from the target. Each of the three is checked: the description and the
+bytes by CRC-32, an array by a sum over its elements that does not depend on how it is split over devices.
 
 `path` is a directory of checkpoints ``state-N``. Orbax writes each under another name and renames it when it is whole;
 the one before it goes after that. So there is a whole one at any time, and the newest one counts.
@@ -13,10 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+import json
 import math
 import os
 import re
-from typing import TYPE_CHECKING, Any
+import zlib
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
+from jax import lax
 from jax.core import Tracer
 
 from paxcache import _checks, _quantize, _types, offload
@@ -33,7 +38,7 @@ from paxcache.prefix import _host, _index, _keys, device
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_HEADER = {"format": "paxcache checkpoint", "version": 1}
+_HEADER = {"format": "paxcache checkpoint", "version": 2}
 _NAME = re.compile(r"state-(\d+)")
 _LEFTOVER = re.compile(r"state-(\d+)\.orbax-checkpoint-tmp.*")
 _COMMITTED = "commit_success.txt"  # Orbax writes it last
@@ -79,6 +84,38 @@ def _known(name: str) -> type:
 
 def _fields(cls: type) -> list[str]:
     return list(cls._fields) if issubclass(cls, tuple) else [f.name for f in dataclasses.fields(cls)]  # type: ignore
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _checksum(x: jax.Array, dims: tuple[int, ...]) -> jax.Array:
+    """Of the part [:dims[0], :dims[1], ...]: u32, the sum of each element's bits mixed with its place.
+
+    Integers may be added in any order: every sharding gives the same sum, each device reads what it has, and nothing
+    goes to the host. The mix is one to one for each place, so another value of a single element is always found, and
+    anything else but once in 2**32.
+    """
+    x = jax.device_put(x, jax.memory.Space.Device)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], axis=-1)
+    if x.dtype == jnp.bool_ or jax.dtypes.itemsize_bits(x.dtype) < 8:
+        x = x.astype(jnp.int8 if not jnp.issubdtype(x.dtype, jnp.floating) else jnp.bfloat16)
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
+    # 8 bytes become a last axis of two. No float is cut out: XLA may compute with NaNs of its own on the way.
+    words = lax.bitcast_convert_type(x, bits)[tuple(map(slice, dims))].astype(jnp.uint32)
+    place = jnp.uint32(0)
+    for axis in range(words.ndim):
+        stride = math.prod(words.shape[axis + 1 :]) % 2**32
+        place += lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
+    h = words ^ place * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the last steps of MurmurHash3
+        h = (h ^ h >> shift) * jnp.uint32(factor)
+    return jnp.sum(h ^ h >> 16, dtype=jnp.uint32)
+
+
+def _text_checksum(described: dict[str, Any]) -> int:
+    """Of a description, but for this checksum itself."""
+    rest = {name: value for name, value in described.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def _type_name(value: Any) -> str:
@@ -168,12 +205,24 @@ def _log(index: _index.Index) -> Iterator[Any]:
         yield event
 
 
+class _Wanted(NamedTuple):
+    """An array to read."""
+
+    path: str
+    """Where it is in the tree."""
+    saved: tuple[int, ...]
+    """The shape that was saved."""
+    shape: tuple[int, ...]
+    dtype: str
+    sharding: jax.sharding.Sharding
+
+
 class _Reader:
     """Puts a tree together. While there are no `arrays`, it notes in `wanted` how to read them and takes shapes."""
 
     def __init__(self, described: dict[str, Any], host: bytes):
         self.described, self.host = described, host
-        self.wanted: dict[str, tuple[tuple[int, ...], str, jax.sharding.Sharding]] = {}
+        self.wanted: dict[str, _Wanted] = {}
         self.arrays: dict[str, jax.Array] | None = None
         self._shared: dict[int, Any] = {}
 
@@ -285,7 +334,7 @@ class _Reader:
         elif target is not None:
             _check_like(target, dtype, shape, path, grow)
             shape, sharding = tuple(target.shape), getattr(target, "sharding", None)
-        self.wanted[str(number)] = shape, dtype, sharding or _place(memory_kind)
+        self.wanted[str(number)] = _Wanted(path, tuple(dims), shape, dtype, sharding or _place(memory_kind))
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
@@ -399,7 +448,11 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         "types": {name: _fields(cls) for name, cls in _KNOWN.items() if not issubclass(cls, enum.Enum)},
     }
     arrays = {str(i): x for i, x in enumerate(writer.arrays) if x.size}
+    sums = jax.device_get({number: _checksum(x, x.shape) for number, x in arrays.items()})
+    described["checksums"] = {number: int(sum_) for number, sum_ in sums.items()}
     host = np.frombuffer(bytes(writer.host) or b"\0", np.uint8)
+    described["host_checksum"] = zlib.crc32(host)
+    described["checksum"] = _text_checksum(described)
     items = {"tree": ocp.args.JsonSave(described), "host": ocp.args.PyTreeSave({"bytes": host})}
     if arrays:
         items["arrays"] = ocp.args.PyTreeSave(arrays)
@@ -434,6 +487,10 @@ def load(path: str | os.PathLike[str], target: Any = None) -> Any:
     A pytree of a type that neither Python nor this library defines needs one, since it is built like its target.
     Reading runs no code that a checkpoint names.
 
+    Everything is compared with the checksums that were saved; a difference is an error that names the leaf. Arrays are
+    read once more for that, where they lie: on a GPU that takes as long as reading its memory. Arrays in host memory
+    visit the device.
+
     Args:
       path: as in `save`.
       target: what to load into; None: all as it was saved.
@@ -443,7 +500,8 @@ def load(path: str | os.PathLike[str], target: Any = None) -> Any:
 
     Raises:
       FileNotFoundError: there is no whole checkpoint.
-      ValueError: it was written in another format or version, or does not fit the target.
+      ValueError: it was written in another format or version, is damaged, or does not fit the target.
+      OSError: it could not be read.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, paxcache
@@ -476,49 +534,62 @@ def load(path: str | os.PathLike[str], target: Any = None) -> Any:
         )
     place = whole[max(whole)]
     with _checkpointer() as checkpointer:
-        described = _described(path, place, checkpointer)
+
+        def read(**items: Any) -> Any:
+            try:
+                return checkpointer.restore(place, ocp.args.Composite(**items))
+            except OSError:
+                raise
+            except Exception as error:  # Orbax raises what it met
+                raise ValueError(f"path: could not read {os.fspath(path)!r}: {error}") from error
+
+        described = read(tree=ocp.args.JsonRestore()).tree
+        _check_described(path, described)
         as_numpy = {"bytes": ocp.RestoreArgs(restore_type=np.ndarray)}
-        host = checkpointer.restore(
-            place, ocp.args.Composite(host=ocp.args.PyTreeRestore(restore_args=as_numpy))
-        )
-        reader = _Reader(described, host.host["bytes"].tobytes())
+        data = read(host=ocp.args.PyTreeRestore(restore_args=as_numpy)).host["bytes"].tobytes()
+        _check_sum(path, "values beside the arrays", zlib.crc32(data), described["host_checksum"])
+        reader = _Reader(described, data)
         reader.build(described["tree"], target, "tree")
         restore_args = {
             number: ocp.ArrayRestoreArgs(
-                sharding=sharding, global_shape=shape, dtype=jnp.dtype(dtype), strict=False
+                sharding=wanted.sharding,
+                global_shape=wanted.shape,
+                dtype=jnp.dtype(wanted.dtype),
+                strict=False,
             )
-            for number, (shape, dtype, sharding) in reader.wanted.items()
-            if math.prod(shape)
+            for number, wanted in reader.wanted.items()
+            if math.prod(wanted.shape)
         }
         arrays = {}
         if restore_args:
-            read = checkpointer.restore(
-                place, ocp.args.Composite(arrays=ocp.args.PyTreeRestore(restore_args=restore_args))
-            )
-            arrays = dict(read.arrays)
-    for number, (shape, dtype, sharding) in reader.wanted.items():
-        if not math.prod(shape):  # which Orbax does not store
-            arrays[number] = jax.device_put(jnp.zeros(shape, dtype), sharding)
+            arrays = dict(read(arrays=ocp.args.PyTreeRestore(restore_args=restore_args)).arrays)
+    sums = {number: _checksum(x, reader.wanted[number].saved) for number, x in arrays.items()}
+    for number, found in jax.device_get(sums).items():
+        _check_sum(path, reader.wanted[number].path, int(found), described["checksums"][number])
+    for number, wanted in reader.wanted.items():
+        if not math.prod(wanted.shape):  # which Orbax does not store
+            arrays[number] = jax.device_put(jnp.zeros(wanted.shape, wanted.dtype), wanted.sharding)
     reader.arrays = arrays
     return reader.build(described["tree"], target, "tree")
 
 
-def _described(path: Any, place: epath.Path, checkpointer: ocp.Checkpointer) -> dict[str, Any]:
-    """The description of a checkpoint, if it is one of this version."""
-    try:
-        described = checkpointer.restore(place, ocp.args.Composite(tree=ocp.args.JsonRestore())).tree
-    except (KeyError, ValueError, FileNotFoundError) as error:
+def _check_sum(path: str | os.PathLike[str], what: str, found: int, expected: Any) -> None:
+    if found != expected:
         raise ValueError(
-            f"path: expected a checkpoint that save wrote, got {os.fspath(path)!r}: {error}"
-        ) from error
+            f"path: damaged: expected checksum {expected} of {what}, got {found}, {os.fspath(path)!r}"
+        )
+
+
+def _check_described(path: str | os.PathLike[str], described: Any) -> None:
+    """A description that was written by this version, and is what was written."""
     for name, value in _HEADER.items():
         if not isinstance(described, dict) or described.get(name) != value:
             found = described.get(name) if isinstance(described, dict) else described
             raise ValueError(f"path: expected {name} {value!r}, got {found!r}, {os.fspath(path)!r}")
+    _check_sum(path, "the description", _text_checksum(described), described.get("checksum"))
     for name, fields in described["types"].items():
         if name not in _KNOWN or _fields(_KNOWN[name]) != fields:
             raise ValueError(
                 f"path: written by another version of paxcache: expected the fields "
                 f"{_fields(_KNOWN[name]) if name in _KNOWN else None} of {name}, got {fields}"
             )
-    return described
