@@ -156,11 +156,11 @@ def _reference(items, q, k_pages, v_pages, tables, seq_lens, query_lens, query_s
     return jnp.zeros(q.shape, jnp.float32).at[target].set(out, mode="drop")
 
 
-def planner(batch: Batch) -> Callable[[], ops.Plan]:
+def planner(batch: Batch, implementation: ops.Implementation = None) -> Callable[[], ops.Plan]:
     """Makes the plan of a batch."""
     (T, num_heads, _), (_, num_kv_heads, page_size, _) = batch.q.shape, batch.k_pages.shape
     options: dict[str, Any] = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, page_size=page_size)
-    options["dtype"] = batch.k_pages.dtype
+    options |= dict(dtype=batch.k_pages.dtype, implementation=implementation)
     arrays = [batch.block_tables, jnp.asarray(batch.seq_lens)]
     if batch.is_decode:
         return functools.partial(jax.jit(lambda *x: ops.plan(*x, **options)), *arrays)
@@ -171,7 +171,7 @@ def planner(batch: Batch) -> Callable[[], ops.Plan]:
 
 def paged(batch: Batch, implementation: ops.Implementation) -> list[Variant]:
     """paxcache's attention, with a plan made before."""
-    arrays: dict[str, Any] = dict(plan=planner(batch)())
+    arrays: dict[str, Any] = dict(plan=planner(batch, implementation)())
     static: dict[str, Any] = dict(implementation=implementation)
     if not batch.is_decode:
         arrays["query_starts"] = jnp.asarray(batch.query_starts)
@@ -312,6 +312,7 @@ def run_decode(limits: Limits, report: Report, seed: int) -> None:
             clean, work = batch.clean(), batch.read_bytes
             contestants = [
                 Contestant("mosaic_gpu", functools.partial(paged, batch, "mosaic_gpu")),
+                Contestant("triton", functools.partial(paged, batch, "triton")),
                 Contestant("cuDNN paged", functools.partial(cudnn_paged, clean), is_peer=True),
                 Contestant("XLA gather + dpa", functools.partial(xla_gather, clean), is_peer=True),
                 Contestant("Pallas-Triton", functools.partial(pallas_triton, clean, settings), is_peer=True),
@@ -388,7 +389,9 @@ def run_quantized(limits: Limits, report: Report, seed: int) -> None:
 
 def run_prefill(limits: Limits, report: Report, seed: int) -> None:
     def measure(case: str, batch: Batch, expected: jax.Array, peers: list[Contestant], **options: Any) -> Any:
-        contestants = [Contestant("mosaic_gpu", functools.partial(paged, batch, "mosaic_gpu")), *peers]
+        ours: tuple[ops.Implementation, ...] = ("mosaic_gpu", "triton")
+        contestants = [Contestant(str(x), functools.partial(paged, batch, x)) for x in ours]
+        contestants += peers
         if limits.quick:
             contestants.insert(1, Contestant("xla", functools.partial(paged, batch, "xla")))
         options |= dict(work=batch.flops, unit="TFLOP/s", limit_us=batch.flops / limits.flops_per_us())
@@ -483,6 +486,7 @@ def run_append(limits: Limits, report: Report, seed: int) -> None:
 
         contestants = [
             Contestant("mosaic_gpu", functools.partial(write, "mosaic_gpu")),
+            Contestant("triton", functools.partial(write, "triton")),
             Contestant("XLA scatter, donated", functools.partial(write, "xla"), is_peer=True),
         ]
         work = 2 * sum(x.nbytes for x in new)  # read and written
@@ -529,7 +533,7 @@ def run_move(limits: Limits, report: Report, seed: int) -> None:
         build = functools.partial(copy, src=nothing, dst=nothing)
         moves[f"copy, {n} x nothing"] = build, exactly(pool), {}
     for name, (build, wrong, options) in moves.items():
-        contestants = [Contestant("mosaic_gpu", functools.partial(build, "mosaic_gpu"))]
+        contestants = [Contestant(x, functools.partial(build, x)) for x in ("mosaic_gpu", "triton")]
         contestants.append(Contestant("xla", functools.partial(build, "xla"), is_peer=True))
         case = f"{name}, {N} pages x {L} layers" if options else name
         compare(report, "move", case, contestants, wrong=wrong, **options)
