@@ -527,5 +527,5 @@ def test_bad_pools_are_named():
         attend(dataclasses.replace(good, values=good.values.astype(jnp.int32)), good)
     with pytest.raises(TypeError, match="v_pages: expected the dtype of k_pages, int8, got uint8"):
         attend(good, empty_pool("int4", (4, 2, 4, 8)))
-    with pytest.raises(NotImplementedError, match="mosaic_gpu needs a Hopper GPU|head_dim must be"):
+    with pytest.raises(NotImplementedError, match=r"mosaic_gpu needs a Hopper GPU|head_dim must be"):
         ops.paged_attention(q, good, good, tables, lens, implementation="mosaic_gpu")
