@@ -834,9 +834,8 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                     def _(free=free):
                         plgpu.barrier_wait(free.at[slot])
 
-                    if (
-                        name == "k"
-                    ):  # noted before the copies are issued: their arrival at `full` shows it too
+                    if name == "k":
+                        # Noted before the copies are issued: their arrival at `full` shows it too.
                         bits = [jnp.where(page < 0, 1 << j, 0) for j, page in enumerate(pages)]
                         notes[consumer, NOTES + lax.rem(i, stages)] = functools.reduce(lax.bitwise_or, bits)
                     for j, page in enumerate(pages):
@@ -851,9 +850,8 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                             target = target.at[:, pl.ds(0, D)]
                         # Every copy arrives at `full` with its last byte; the consumer waits for all of a tile's.
                         plgpu.copy_gmem_to_smem(part(refs[name]), target, full.at[slot])
-                        if (
-                            name == "k" and case.token_scales
-                        ):  # both, as the values' are needed before the values
+                        if name == "k" and case.token_scales:
+                            # Those of values too, which are needed before the values.
                             for scales in ("k_scales", "v_scales"):
                                 target = scratch[scales].at[slot, pl.ds(j * copy_len, copy_len)]
                                 # A plain bulk copy: boxes may not begin between multiples of 128 bytes.
@@ -1005,9 +1003,8 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 acc, m, l = carry
                 stage = lax.rem(tiles_done + (t - begin), stages)
                 slot = consumer * stages + stage
-                plgpu.barrier_wait(
-                    k_full.at[slot]
-                )  # this tile's keys and scales, and the note about its holes
+                # This tile's keys and scales, and the note about its holes.
+                plgpu.barrier_wait(k_full.at[slot])
                 holes = own_notes[NOTES + stage]
                 if case.quantized:
                     of_keys, log_of_values, inverse_of_values = scales_of(slot)
@@ -1042,7 +1039,7 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 values = quantized_values(slot) if case.quantized else v_s.at[slot].T
                 plgpu.commit_smem()  # all threads' p_s and values, before the matrix unit reads them
                 acc = acc + weighted_values(values)
-                if case.quantized:  # they have been in registers for long
+                if case.quantized:  # the values have left their slot long ago
                     return acc, m_new, l
                 plgpu.barrier_arrive(v_free.at[slot])  # the values may be overwritten
                 return acc, m_new, l

@@ -172,9 +172,8 @@ def default_config(*, head_dim: int, dtype: Any, limits: DeviceLimits | None = N
     """Blocks as long as the registers allow, and as many stages as fit, output apart from queries if it can be."""
     limits, dtype = device_limits() if limits is None else limits, jnp.dtype(dtype)
     form, itemsize = _quantize.BY_DTYPE.get(dtype), 2  # halves are what is multiplied
-    block_kv = (
-        128 if head_dim <= 128 and form is None else 64
-    )  # converting takes registers from the consumers
+    # Converting takes registers from the consumers.
+    block_kv = 128 if head_dim <= 128 and form is None else 64
     rows = CONSUMERS * ROWS * head_dim * itemsize
     stage = block_kv * head_dim * itemsize
     slack = 2048 if form is None else 4096  # what is not counted takes less
@@ -394,8 +393,7 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             plgpu.copy_gmem_to_smem(source, target.at[pl.ds(i * copy_len, copy_len)], full)
 
     def pages_of(row, first, in_sight, mine):
-        """The pages of a block's copies. Left of the window and past the end one in sight is read once more; its
-        tokens are masked later."""
+        """The pages of a block's copies. Left of the window and past the end is one in sight, whose tokens are masked."""
         return [tables[row, jnp.clip(lax.div(first + i * copy_len, S), *in_sight)] for i in mine]
 
     def producer():
@@ -941,6 +939,10 @@ def prefill(
         inputs |= {"k": k_pages.values, "v": v_pages.values}
         scales = k_pages.scales, v_pages.scales
         if case.token_scales:
+            if scales[0].size >= 2**31:
+                raise NotImplementedError(
+                    f"prefill_sm90: {scales[0].size} scales: the kernel counts in int32"
+                )
             inputs["flat_tables"], scales = block_tables.reshape(-1), [x.reshape(-1) for x in scales]
         inputs |= dict(zip(SCALES, scales, strict=True))
     if sliding_window is not None:
