@@ -393,7 +393,7 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             plgpu.copy_gmem_to_smem(source, target.at[pl.ds(i * copy_len, copy_len)], full)
 
     def pages_of(row, first, in_sight, mine):
-        """The pages of a block's copies. Left of the window and past the end is one in sight, whose tokens are masked."""
+        """The pages of a block's copies, one in sight where there is none: its tokens are masked later."""
         return [tables[row, jnp.clip(lax.div(first + i * copy_len, S), *in_sight)] for i in mine]
 
     def producer():
