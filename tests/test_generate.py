@@ -773,7 +773,7 @@ def test_swapping_with_an_index():
 @hypothesis.given(
     prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=16), min_size=6, max_size=6),
 )
-@hypothesis.settings(max_examples=15)
+@hypothesis.settings(max_examples=8)
 def test_any_prompts_with_swaps_and_an_index(prompts):
     out = run(prompts, **make_indexed(num_pages=11), host_pages=12)
     assert out.to_lists() == [sum_oracle(p) for p in prompts]

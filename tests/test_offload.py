@@ -745,7 +745,7 @@ ARGUMENTS = {
 NAMES = [*ARGUMENTS, "extend", "extend", "extend", "preempt", *["resume_somewhere"] * 3]
 
 
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(
     capacity=st.sampled_from([3, 9, 30, 30]),
     names=st.lists(st.sampled_from(NAMES), min_size=20, max_size=30),

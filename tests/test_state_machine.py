@@ -148,5 +148,5 @@ class Cache(RuleBasedStateMachine):
 
 TestCache = Cache.TestCase
 TestCache.settings = hypothesis.settings(
-    max_examples=60, stateful_step_count=30, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    max_examples=45, stateful_step_count=30, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )

@@ -1177,8 +1177,8 @@ def decode(
     }
     if config is None:
         config = default_config(**shapes, dtype=k_pages.dtype)
-    if interpret is not None:
-        config = dataclasses.replace(config, fused_join=False)
+    if interpret is not None:  # which starves on two cores where more than three warpgroups of a block wait
+        config = dataclasses.replace(config, fused_join=False, consumers=1)
     if plan is None:
         plan = decode_plan(
             block_tables,
