@@ -88,6 +88,11 @@ def static_int(name: str, value: Any, *, minimum: int) -> int:
     return int(value)
 
 
+def is_traced(*trees: Any) -> bool:
+    """Whether any leaf is known only while a program runs."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+
+
 def default_device() -> Any:
     """Where arrays without a place of their own go: `jax.default_device` counts."""
     chosen = jax.config.jax_default_device

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from paxcache import _checks, offload
 from paxcache._allocator import cdiv, idle_rows
@@ -585,7 +584,7 @@ def _read_prompts(prompts: Any, prompt_lens: Any) -> tuple[Int32[Array, "N L"], 
                 f"prompts: expected at least one prompt and token, got {_checks.describe(tokens)}"
             )
         lens = per_prompt("prompt_lens", width if prompt_lens is None else prompt_lens, N, jnp.int32)
-        if not isinstance(lens, Tracer):
+        if not _checks.is_traced(lens):
             wrong = np.flatnonzero((np.asarray(lens) < 1) | (np.asarray(lens) > width))
             if wrong.size:
                 raise ValueError(
@@ -667,7 +666,7 @@ def _prepare(
         raise TypeError(f"index: expected a prefix.device.DeviceIndex, got {type(index).__name__}")
     swaps = None
     if host_pages is not None:
-        if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, cache, prompts, prompt_lens, limits))):
+        if _checks.is_traced(params, cache, prompts, prompt_lens, limits):
             raise TypeError(
                 "host_pages: the host moves pages between runs of the program, which jit has no place for"
             )
@@ -684,7 +683,7 @@ def _prepare(
         # A wide step must hold one token of every lane, so that no prompt waits for another's decoding.
         chunk_size = _checks.static_int("chunk_size", chunk_size, minimum=num_lanes)
     extra = per_prompt("limits", max_new_tokens if limits is None else limits, N, jnp.int32)
-    if limits is not None and not isinstance(extra, Tracer):
+    if limits is not None and not _checks.is_traced(extra):
         low, high = int(extra.min()), int(extra.max())
         if low < 0 or high > max_new_tokens:
             raise ValueError(f"limits: expected 0 to max_new_tokens={max_new_tokens}, got {low} to {high}")
@@ -957,7 +956,7 @@ def stream(
       [3, 3]
     """
     interval = _checks.static_int("interval", interval, minimum=1)
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, cache, prompts, prompt_lens, limits))):
+    if _checks.is_traced(params, cache, prompts, prompt_lens, limits):
         raise TypeError("stream reads tokens on the host and cannot run inside jit; generate can")
     program = _prepare(
         model_fn,

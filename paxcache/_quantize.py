@@ -32,6 +32,7 @@ type Scales = Literal["per_token_head", "per_tensor"]
 class Format(NamedTuple):
     """How one value is stored."""
 
+    name: str
     dtype: Any
     largest: float
     """Stored values lie in [-largest, largest]."""
@@ -40,10 +41,13 @@ class Format(NamedTuple):
 
 
 FORMATS: dict[str, Format] = {
-    "fp8_e4m3": Format(jnp.dtype(jnp.float8_e4m3fn), 448.0),
-    "fp8_e5m2": Format(jnp.dtype(jnp.float8_e5m2), 57344.0),
-    "int8": Format(jnp.dtype(jnp.int8), 127.0),
-    "int4": Format(jnp.dtype(jnp.uint8), 7.0, per_element=2),
+    form.name: form
+    for form in (
+        Format("fp8_e4m3", jnp.dtype(jnp.float8_e4m3fn), 448.0),
+        Format("fp8_e5m2", jnp.dtype(jnp.float8_e5m2), 57344.0),
+        Format("int8", jnp.dtype(jnp.int8), 127.0),
+        Format("int4", jnp.dtype(jnp.uint8), 7.0, per_element=2),
+    )
 }
 BY_DTYPE = {form.dtype: form for form in FORMATS.values()}
 """A pool's format, which the dtype of its values tells."""
@@ -75,6 +79,11 @@ class QuantizedPages:
     def form(self) -> Format:
         """The format."""
         return BY_DTYPE[jnp.dtype(self.values.dtype)]
+
+    @property
+    def per_token(self) -> bool:
+        """Whether each token and head has a scale, or each page."""
+        return self.scales.shape[-2:] == self.values.shape[-3:-1]
 
     @property
     def shape(self) -> tuple[int, ...]:

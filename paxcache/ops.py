@@ -10,6 +10,7 @@ Pools are ``[P, K, S, D]``, or ``[L, P, K, S, D]`` together with ``layer``; each
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import math
 from collections.abc import Callable
@@ -48,28 +49,27 @@ def _require_hopper() -> None:
         )
 
 
-def _mosaic(module: str, function: str, *args: Any, **options: Any) -> Callable[[], Any]:
-    """A call of a Hopper kernel; its module is imported only where such a GPU is."""
+def _require_gpu() -> None:
+    """Declines where the default device is no GPU. The kernels look for themselves whether it and the packages fit."""
+    device = _checks.default_device()
+    if device.platform != "gpu":
+        raise NotImplementedError(f"triton needs an NVIDIA GPU, the default device is {device.device_kind!r}")
+
+
+def _kernel(
+    require: Callable[[], None], module: str, function: str, *args: Any, **options: Any
+) -> Callable[[], Any]:
+    """A call of a kernel, whose module is imported only where `require` does not decline."""
 
     def run():
-        _require_hopper()
+        require()
         return getattr(importlib.import_module(f"paxcache.kernels.{module}"), function)(*args, **options)
 
     return run
 
 
-def _triton(module: str, function: str, *args: Any, **options: Any) -> Callable[[], Any]:
-    """A call of a Triton kernel, which looks for itself whether the GPU and the packages fit."""
-
-    def run():
-        device = _checks.default_device()
-        if device.platform != "gpu":
-            raise NotImplementedError(
-                f"triton needs an NVIDIA GPU, the default device is {device.device_kind!r}"
-            )
-        return getattr(importlib.import_module(f"paxcache.kernels.{module}"), function)(*args, **options)
-
-    return run
+_mosaic = functools.partial(_kernel, _require_hopper)
+_triton = functools.partial(_kernel, _require_gpu)  # without a GPU Triton is not even imported
 
 
 def _dispatch(op: str, implementation: Implementation, **backends: Callable[[], Any]) -> Any:

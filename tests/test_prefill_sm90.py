@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as Spec
 import aot
 import rows
 from paxcache.kernels import _mosaic, attention_sm90, decode_sm90, prefill_sm90
-from paxcache.kernels._attention import check_supported
+from paxcache.kernels._attention_sm90 import check_supported
 from rows import Case, make_inputs, pool_shape
 
 CASES = {

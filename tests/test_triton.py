@@ -32,6 +32,7 @@ import test_quantize
 from paxcache import ops
 from paxcache._quantize import FORMATS, QuantizedPages
 from paxcache.kernels import (
+    _attention,
     _attention_triton,
     _triton,
     attention_triton,
@@ -241,10 +242,10 @@ def test_a_plan_made_without_the_query_heads_fits(queries, group, form):
         windowed=False,
         limits=SMALL,
     )
-    assert attention_triton._fitting(plan.decode, step.decode()[1]) is not None
+    assert _attention.fitting(plan.decode, step.decode()[1]) is not None
     assert step.is_mixed == (queries > 16)
     if step.is_mixed:
-        assert attention_triton._fitting(plan.prefill, step.prefill()[1]) is not None
+        assert _attention.fitting(plan.prefill, step.prefill()[1]) is not None
 
 
 # Compiled, without a GPU.

@@ -1,71 +1,44 @@
-"""What the Hopper attention kernels share. Imports `_quantize`, `_mosaic` and JAX."""
+"""Which kernel takes a row, for every architecture with one for few query tokens and one for many. Imports nothing."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-
-from paxcache import _quantize
-from paxcache.kernels._mosaic import DeviceLimits, device_limits
-
-LOG2E = math.log2(math.e)  # exp(x) is exp2(LOG2E * x), which the hardware has
-_HALF = (jnp.bfloat16, jnp.float16)
-
-
-def check_supported(
-    kernel: str,
-    *,
-    head_dim: int,
-    v_head_dim: int,
-    page_size: int,
-    q_dtype: Any,
-    kv_dtype: Any,
-    limits: DeviceLimits | None = None,
-) -> None:
-    """Raises NotImplementedError, naming the kernel and the reason, for a case that it cannot do.
-
-    Args:
-      kernel: its name.
-      head_dim, v_head_dim: D of the keys and of the values.
-      page_size: S.
-      q_dtype, kv_dtype: of the queries and of the pages; that of the stored values where these are quantised.
-      limits: the device's.
-    """
-    limits = device_limits() if limits is None else limits
-    q_dtype, kv_dtype = jnp.dtype(q_dtype), jnp.dtype(kv_dtype)
-
-    def refuse(reason: str) -> None:
-        raise NotImplementedError(f"{kernel}: {reason}")
-
-    if limits.compute_capability[0] != 9:
-        major, minor = limits.compute_capability
-        refuse(f"needs a Hopper GPU (compute capability 9.0), this one has {major}.{minor}")
-    form = _quantize.BY_DTYPE.get(kv_dtype)
-    if form is None and kv_dtype not in _HALF:
-        refuse(f"pages must be bfloat16, float16 or quantised, got {kv_dtype}")
-    if form is None and q_dtype != kv_dtype:
-        refuse(f"queries and pages must share a dtype, got {q_dtype} and {kv_dtype}")
-    if form is not None and q_dtype not in _HALF:
-        refuse(f"queries of quantised pages must be bfloat16 or float16, got {q_dtype}")
-    if head_dim != v_head_dim:
-        refuse(f"keys and values must be of one width, got {head_dim} and {v_head_dim}")
-    if head_dim not in (64, 96, 128, 192, 256):
-        refuse(f"head_dim must be 64, 96, 128, 192 or 256, got {head_dim}")
-    if form is not None and form.per_element > 1 and head_dim % 128:
-        refuse(f"head_dim must be a multiple of 128 for pages of two values a byte, got {head_dim}")
-    if page_size % 8:
-        refuse(f"page_size must be a multiple of 8, got {page_size}")
+FEW_QUERIES = 16
+"""Beyond it a decode kernel would read a row's keys too often (on Hopper once for every 8 query tokens at 4 heads a KV
+head), and multiply too little at once."""
+LIKELY_GROUPS = (4, 1)
+"""Query heads a KV head, even and odd, for which a plan is made where they are not known. Groups up to 8 share the plan
+of single query tokens on Hopper."""
 
 
-def operand_dtype(kv_dtype: Any) -> Any:
-    """What the matrix unit gets of pages of a dtype: float16 of quantised ones, exact before their scales."""
-    kv_dtype = jnp.dtype(kv_dtype)
-    return jnp.dtype(jnp.float16) if kv_dtype in _quantize.BY_DTYPE else kv_dtype
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """What of a step its plans depend on, on every architecture."""
+
+    num_rows: int
+    num_tokens: int
+    max_query_len: int
+    windowed: bool
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether both kernels have rows. A packed step of few tokens is one of single tokens more likely than not."""
+        packed = self.num_rows > 1 and self.max_query_len == self.num_tokens > 1
+        return packed or self.max_query_len > FEW_QUERIES
+
+    @property
+    def decode_query_len(self) -> int:
+        """Most query tokens of a row that the decode kernel takes."""
+        return 1 if self.is_mixed else self.max_query_len
 
 
-def soft_cap(x: Any, cap: float) -> Any:
-    """``cap * tanh(x / cap)`` for x in units of log2, to float32's precision; the hardware's own tanh has 11 bits."""
-    cap *= LOG2E
-    return cap - (2 * cap) / (jnp.exp2(x * (2 * LOG2E / cap)) + 1)
+def groups(num_heads: int | None, num_kv_heads: int) -> tuple[int, ...]:
+    """Query heads a KV head to make plans for."""
+    return LIKELY_GROUPS if num_heads is None else (num_heads // num_kv_heads,)
+
+
+def fitting(plans: Any, made_for: Any) -> Any:
+    """The plan of this form, or None."""
+    return next((plan for plan in plans or () if plan.made_for == made_for), None)

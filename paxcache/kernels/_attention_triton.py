@@ -98,8 +98,7 @@ def shape_of(q: Any, k_pages: Any, v_pages: Any) -> Shape:
     K, S, D = k_pages.shape[2:]
     form, per_token = "plain", False
     if isinstance(k_pages, QuantizedPages):
-        form = next(name for name, stored in FORMATS.items() if stored == k_pages.form)
-        per_token = k_pages.scales.shape[2:] == (K, S)
+        form, per_token = k_pages.form.name, k_pages.per_token
         if v_pages is not None and v_pages.scales.shape != k_pages.scales.shape:
             raise NotImplementedError("triton: scales of keys and of values must be of one kind")
     for name, dtype in {"queries": q.dtype, "pages": k_pages.dtype if form == "plain" else q.dtype}.items():

@@ -31,6 +31,7 @@ from paxcache._checks import default_device
 
 __all__ = [
     "COPY_DTYPES",
+    "THREADS",
     "DeviceLimits",
     "arrive",
     "dequantize",
@@ -45,6 +46,7 @@ __all__ = [
     "pl",
     "plgpu",
     "reduce_columns",
+    "require_hopper",
     "row_layout",
     "scatter",
     "store_queries",
@@ -73,7 +75,7 @@ class DeviceLimits:
 
 
 def device_limits(device: Any = None) -> DeviceLimits:
-    """The limits of `device` (by default the first one of the default backend).
+    """The limits of `device` (None: the default one).
 
     A device that does not tell its limits, such as a CPU that interprets kernels or compiles them ahead of
     time, counts as an H200.
@@ -86,6 +88,15 @@ def device_limits(device: Any = None) -> DeviceLimits:
     return DeviceLimits(num_sms=num_sms, compute_capability=(major, minor))
 
 
+def require_hopper(limits: DeviceLimits, prefix: str = "") -> None:
+    """Raises NotImplementedError, with `prefix` first, for another architecture: these kernels run on no other."""
+    if limits.compute_capability[0] != 9:
+        major, minor = limits.compute_capability
+        raise NotImplementedError(
+            f"{prefix}needs a Hopper GPU (compute capability 9.0), this one has {major}.{minor}"
+        )
+
+
 def interpreter(*, detect_races: bool = False) -> Any:
     """The value of a kernel's ``interpret=`` that runs it on the CPU, optionally with the race detector."""
     return plgpu.InterpretGPUParams(detect_races=detect_races)
@@ -95,9 +106,15 @@ def matrix_tiles(row_bytes: int, dtype: Any) -> tuple[Any, Any]:
     """The transforms of shared memory that the matrix unit reads: 8 rows of the widest swizzle that divides a row."""
     tiling: Any = plgpu.TilingTransform
     swizzling: Any = plgpu.SwizzleTransform
+    swizzle = _swizzle(row_bytes)
+    return tiling((8, swizzle // dtype.itemsize)), swizzling(swizzle)
+
+
+def _swizzle(row_bytes: int) -> int:
+    """The bytes of a tile's row in `matrix_tiles`."""
     for swizzle in (128, 64, 32):
         if row_bytes % swizzle == 0:
-            return tiling((8, swizzle // dtype.itemsize)), swizzling(swizzle)
+            return swizzle
     raise NotImplementedError(f"rows of {row_bytes} bytes: the matrix unit needs a multiple of 32")
 
 
@@ -105,15 +122,15 @@ def _i32(x: int) -> Any:
     return arith.constant(ir.IntegerType.get_signless(32), x)
 
 
+def _thread() -> Any:
+    """The calling thread's number in its warpgroup."""
+    return arith.remui(mgpu_utils.thread_idx(), _i32(THREADS))
+
+
 def _place() -> tuple[Any, Any]:
     """The calling thread's warp in its warpgroup, and its lane."""
-    thread = arith.remui(mgpu_utils.thread_idx(), _i32(THREADS))
+    thread = _thread()
     return arith.divui(thread, _i32(32)), arith.remui(thread, _i32(32))
-
-
-def _swizzle(row_bytes: int) -> int:
-    """The bytes of a tile's row in `matrix_tiles`."""
-    return next(x for x in (128, 64, 32) if row_bytes % x == 0)
 
 
 def _tile_address(row: Any, byte: Any, row_bytes: int, swizzle: int) -> Any:
@@ -259,7 +276,7 @@ def store_queries(raw: Any, ref: Any, *, tile_bytes: int, interpreted: bool) -> 
         halves = ir.VectorType.get((2,), f16)
         pair = ir.VectorType.get((2,), ir.MemRefType(raw.type).element_type)
         base, source = mgpu_utils.memref_ptr(ref), mgpu_utils.memref_ptr(raw)
-        thread = arith.remui(mgpu_utils.thread_idx(), _i32(THREADS))
+        thread = _thread()
         least, most = (arith.constant(f32, ir.FloatAttr.get(f32, x)) for x in (-largest, largest))
         for first in range(0, N * D // 2, THREADS):
             unit = arith.addi(_i32(first), thread)
@@ -306,7 +323,7 @@ def dequantize(stored: Any, target: Any, scales: Any, dtype: Any, *, interpreted
         i8, i32, f32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32), ir.F32Type.get()
         half = ir.MemRefType(target.type).element_type
         source, base = mgpu_utils.memref_ptr(stored), mgpu_utils.memref_ptr(target)
-        thread = arith.remui(mgpu_utils.thread_idx(), _i32(THREADS))
+        thread = _thread()
         eights = row_bytes // 8
         for first in range(0, tokens * eights, THREADS):
             unit = arith.addi(_i32(first), thread)

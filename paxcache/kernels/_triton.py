@@ -1,4 +1,4 @@
-"""Everything of Triton and jax-triton that the kernels use, in one place. Imports them and JAX alone.
+"""Everything of Triton and jax-triton that the kernels use, in one place. Imports them, JAX and `_checks`.
 
 Neither needs to be installed: kernels are defined all the same, and `call` or `device_limits` raise
 NotImplementedError with the way to install them.
@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
+
+from paxcache._checks import default_device
 
 try:
     import triton  # pyright: ignore[reportMissingImports]
@@ -87,12 +89,12 @@ class Limits:
 
 
 def device_limits(device: Any = None) -> Limits:
-    """The limits of `device` (by default the first one of the default backend).
+    """The limits of `device` (None: the default one).
 
     Raises:
       NotImplementedError: it is no NVIDIA GPU that the kernels run on, or what they need is not installed.
     """
-    device = jax.devices()[0] if device is None else device
+    device = default_device() if device is None else device
     if device.platform != "gpu":
         raise NotImplementedError(f"triton needs an NVIDIA GPU, the default device is {device.device_kind!r}")
     capability = str(getattr(device, "compute_capability", ""))

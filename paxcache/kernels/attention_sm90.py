@@ -1,5 +1,5 @@
-"""Paged attention on Hopper (sm_90a): which rows go to which kernel. Imports `_quantize`, `decode_sm90` and
-`prefill_sm90`.
+"""Paged attention on Hopper (sm_90a): which rows go to which kernel. Imports `_quantize`, `decode_sm90`,
+`prefill_sm90` and what they share.
 
 Where no row can have more than FEW_QUERIES query tokens, as in decoding, also with speculation, all go to the decode
 kernel. In every other step, also in a packed one of any size, rows with a single one do, and those with more to the
@@ -16,17 +16,12 @@ import jax.numpy as jnp
 
 from paxcache._quantize import QuantizedPages
 from paxcache.kernels import decode_sm90, prefill_sm90
-from paxcache.kernels._attention import check_supported, operand_dtype
+from paxcache.kernels._attention import Step, fitting, groups
+from paxcache.kernels._attention_sm90 import check_supported, operand_dtype
 from paxcache.kernels._mosaic import DeviceLimits
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
-
-FEW_QUERIES = 16
-"""Beyond it the decode kernel would read a row's keys too often: once for every 8 query tokens at 4 heads a KV head."""
-LIKELY_GROUPS = (4, 1)
-"""Query heads a KV head, even and odd, for which a plan is made where they are not known. Groups up to 8 share the plan
-of single query tokens."""
 
 
 @jax.tree_util.register_dataclass
@@ -39,25 +34,15 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Shapes:
+class _Shapes(Step):
     """What the plans of a step depend on, lengths apart."""
 
-    num_rows: int
-    num_tokens: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     page_size: int
-    max_query_len: int
     dtype: Any  # of the pages' values
-    windowed: bool
     limits: DeviceLimits | None = None
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether both kernels have rows. A packed step of few tokens is one of single tokens more likely than not."""
-        packed = self.num_rows > 1 and self.max_query_len == self.num_tokens > 1
-        return packed or self.max_query_len > FEW_QUERIES
 
     @property
     def padded_tokens(self) -> int:
@@ -72,7 +57,7 @@ class _Shapes:
             "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
             "page_size": self.page_size,
-            "max_query_len": 1 if self.is_mixed else self.max_query_len,
+            "max_query_len": self.decode_query_len,
         }
         return shapes | {"config": decode_sm90.default_config(**shapes, dtype=self.dtype, limits=self.limits)}
 
@@ -136,11 +121,10 @@ def make_plan(
         kv_dtype=dtype,
         limits=limits,
     )
-    groups = LIKELY_GROUPS if num_heads is None else (num_heads // num_kv_heads,)
     rows = block_tables, seq_lens, query_starts, query_lens
     decode: dict[Any, decode_sm90.Plan] = {}
     prefill: dict[Any, prefill_sm90.Plan] = {}
-    for group in groups:
+    for group in groups(num_heads, num_kv_heads):
         shapes = _Shapes(
             num_rows=block_tables.shape[0],
             num_tokens=num_tokens,
@@ -222,8 +206,8 @@ def paged_attention(
         windowed=sliding_window is not None,
         limits=limits,
     )
-    decode_plan = _fitting(plan and plan.decode, shapes.decode_shape())
-    prefill_plan = _fitting(plan and plan.prefill, shapes.prefill_shape()) if shapes.is_mixed else None
+    decode_plan = fitting(plan and plan.decode, shapes.decode_shape())
+    prefill_plan = fitting(plan and plan.prefill, shapes.prefill_shape()) if shapes.is_mixed else None
     if decode_plan is None or (shapes.is_mixed and prefill_plan is None):
         own = make_plan(
             block_tables,
@@ -271,8 +255,3 @@ def paged_attention(
     if padding:
         out, lse = out[:T], None if lse is None else lse[:T]
     return out.astype(q_dtype), lse
-
-
-def _fitting(plans: Any, shape: Any) -> Any:
-    """The plan of this form, or None."""
-    return next((plan for plan in plans or () if plan.made_for == shape), None)

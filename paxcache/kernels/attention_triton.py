@@ -14,18 +14,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from paxcache._quantize import BY_DTYPE, FORMATS
+from paxcache._quantize import BY_DTYPE
 from paxcache.kernels import decode_triton, prefill_triton
+from paxcache.kernels._attention import Step, fitting, groups
 from paxcache.kernels._attention_triton import Shape, shape_of
 from paxcache.kernels._triton import Limits, device_limits
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
-
-FEW_QUERIES = 16
-"""Beyond it the decode kernel would read a row's keys too often, and multiply too little at once."""
-LIKELY_GROUPS = (4, 1)
-"""Query heads a KV head for which a plan is made where they are not known."""
 
 
 @jax.tree_util.register_dataclass
@@ -38,24 +34,14 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Step:
+class _Step(Step):
     """What launches and plans of a step depend on, lengths apart."""
 
     shape: Shape
-    num_rows: int
-    num_tokens: int
-    max_query_len: int
-    windowed: bool
     limits: Limits
 
-    @property
-    def is_mixed(self) -> bool:
-        """Whether both kernels have rows. A packed step of few tokens is one of single tokens more likely than not."""
-        packed = self.num_rows > 1 and self.max_query_len == self.num_tokens > 1
-        return packed or self.max_query_len > FEW_QUERIES
-
     def decode(self) -> tuple[decode_triton.Config, decode_triton.PlanShape]:
-        most = 1 if self.is_mixed else self.max_query_len
+        most = self.decode_query_len
         config = decode_triton.default_config(self.shape, most, self.limits)
         made_for = decode_triton.plan_shape(
             self.shape, num_rows=self.num_rows, max_query_len=most, windowed=self.windowed, config=config
@@ -125,10 +111,10 @@ def make_plan(
     del query_starts, causal  # the same plan for all
     limits = device_limits() if limits is None else limits
     stored = BY_DTYPE.get(jnp.dtype(dtype))
-    form = next((name for name, known in FORMATS.items() if known == stored), "plain")
+    form = "plain" if stored is None else stored.name
     decode: dict[Any, decode_triton.Plan] = {}
     prefill: dict[Any, prefill_triton.Plan] = {}
-    for group in LIKELY_GROUPS if num_heads is None else (num_heads // num_kv_heads,):
+    for group in groups(num_heads, num_kv_heads):
         shape = Shape(
             num_heads=group * num_kv_heads,
             num_kv_heads=num_kv_heads,
@@ -192,10 +178,10 @@ def paged_attention(
         limits=limits,
     )
     decode_config, decode_shape = step.decode()
-    decode_plan, prefill_plan = _fitting(plan and plan.decode, decode_shape), None
+    decode_plan, prefill_plan = fitting(plan and plan.decode, decode_shape), None
     prefill_config, prefill_shape = step.prefill()
     if step.is_mixed:
-        prefill_plan = _fitting(plan and plan.prefill, prefill_shape)
+        prefill_plan = fitting(plan and plan.prefill, prefill_shape)
     if decode_plan is None or (step.is_mixed and prefill_plan is None):
         own = step.make_plan(block_tables, seq_lens, query_lens, sliding_window)
         decode_plan, prefill_plan = own.decode[0], own.prefill[0] if step.is_mixed else None
@@ -214,8 +200,3 @@ def paged_attention(
     if prefill_plan is None:
         return out, lse
     return prefill_triton.prefill(out, *inputs, lse=lse, plan=prefill_plan, config=prefill_config, **options)
-
-
-def _fitting(plans: Any, made_for: Any) -> Any:
-    """The plan of this form, or None."""
-    return next((plan for plan in plans or () if plan.made_for == made_for), None)

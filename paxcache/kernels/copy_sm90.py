@@ -27,6 +27,7 @@ from paxcache.kernels._mosaic import (
     in_place,
     pl,
     plgpu,
+    require_hopper,
     varying_like,
 )
 
@@ -222,11 +223,7 @@ def _prepare(
 ) -> dict[str, Any]:
     """The static arguments of a launch; raises NotImplementedError where the case is not supported."""
     limits = limits or device_limits()
-    if limits.compute_capability[0] != 9:
-        major, minor = limits.compute_capability
-        raise NotImplementedError(
-            f"needs a Hopper GPU (compute capability 9.0), this one has {major}.{minor}"
-        )
+    require_hopper(limits)
     config = config or default_config(mode, num_entries)
     leaves = tuple(_leaf(x, config) for x in arrays)
     return dict(mode=mode, leaves=leaves, num_programs=_num_programs(leaves, num_entries, config, limits))

@@ -41,7 +41,7 @@ from jax.custom_batching import sequential_vmap
 
 from paxcache import _quantize
 from paxcache._quantize import QuantizedPages
-from paxcache.kernels._attention import LOG2E, check_supported, operand_dtype, soft_cap
+from paxcache.kernels._attention_sm90 import LOG2E, check_supported, operand_dtype, soft_cap
 from paxcache.kernels._mosaic import (
     DeviceLimits,
     arrive,
@@ -436,12 +436,13 @@ def decode_plan(
     tiles = (lens - base + (TILE - 1)) // TILE
     pieces = jnp.sign(tiles) if config.piece_len is None else _num_pieces(config.piece_len, tiles)
 
-    # Inclusive running sums and the next row with work, as reductions of one small matrix.
+    # Inclusive running sums, as reductions of one small matrix. The barriers keep the compiler from counting again for
+    # each number that is read from them.
     row_ids = jnp.arange(B, dtype=i32)
     up_to = row_ids[None, :] <= row_ids[:, None]
     tile_end = jnp.sum(jnp.where(up_to, tiles, 0), axis=1, dtype=i32) * turns
     piece_end = jnp.sum(jnp.where(up_to, pieces, 0), axis=1, dtype=i32) * turns
-    following = jnp.min(jnp.where(~up_to & (tiles > 0), row_ids, B - 1), axis=1)
+    tile_end, piece_end = lax.optimization_barrier((tile_end, piece_end))
 
     # The flat list of a lane has `total` tiles; range g begins with tile start[g].
     total = tile_end[-1]
@@ -457,7 +458,11 @@ def decode_plan(
 
     range_ids = jnp.arange(most + 1, dtype=i32)
     start = jnp.minimum(range_ids * each + jnp.minimum(range_ids, more), total)
-    row = jnp.minimum(jnp.sum(tile_end[None, :] <= start[:, None], axis=1, dtype=i32), B - 1)
+    # The row that a tile lies in; of the tile after a row's last one, the next row with work.
+    at = jnp.concatenate([start, tile_end])
+    found = lax.optimization_barrier(jnp.sum(tile_end[None, :] <= at[:, None], axis=1, dtype=i32))
+    found = jnp.minimum(found, B - 1)
+    row, following = found[: most + 1], found[most + 1 :]
     row_tiles = jnp.maximum(tiles[row], 1)
     within = start - (tile_end[row] - tiles[row] * turns)
     turn, tile = within // row_tiles, within % row_tiles
@@ -903,28 +908,27 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
         start = _nothing(DP, N, (TILE, N))
         interpreted = {"interpreted": case.interpreted}
 
+        def product(rows, columns, num_rows):
+            """Keys or values, in registers where they are quantised, times queries or weights in shared memory."""
+            if case.quantized and case.interpreted:  # which knows no products of registers
+                return lax.dot(rows.astype(jnp.float32), columns[...].astype(jnp.float32))
+
+            def multiply(acc):
+                plgpu.wgmma(acc, rows, columns)
+                return acc[...]
+
+            return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((num_rows, N), jnp.float32))
+
         def scores(slot):
-            def product(acc):
-                q_t = (q_s.at[:, pl.ds(0, D)] if DP > D else q_s).T
-                plgpu.wgmma(acc, k_s.at[slot], q_t)
-                return acc[...]
+            keys = k_s.at[slot]
+            if case.quantized:
+                keys = load_bytes(keys, case.dtype, transposed=False, **interpreted)
+            return product(keys, (q_s.at[:, pl.ds(0, D)] if DP > D else q_s).T, TILE)
 
-            return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, N), jnp.float32))
-
-        def quantized_scores(slot):
-            keys = load_bytes(k_s.at[slot], case.dtype, transposed=False, **interpreted)
-            q_t = (q_s.at[:, pl.ds(0, D)] if DP > D else q_s).T
-            if case.interpreted:  # which knows no products of registers
-                return lax.dot(keys.astype(jnp.float32), q_t[...].astype(jnp.float32))
-
-            def product(acc):
-                plgpu.wgmma(acc, keys, q_t)
-                return acc[...]
-
-            return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, N), jnp.float32))
-
-        def quantized_values(slot):
+        def values_of(slot):
             """[head dim, tokens]."""
+            if not case.quantized:
+                return v_s.at[slot].T
             values = load_bytes(v_s.at[slot], case.dtype, transposed=True, **interpreted)
             plgpu.barrier_arrive(v_free.at[slot])  # they may be overwritten
             return values
@@ -943,16 +947,6 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             of_keys, of_values = (refs[x][layer, 0, 0, 0] for x in ("k_scales", "v_scales"))
             of_values = jnp.where(of_values > 0, of_values, 1.0)
             return of_keys * scale, jnp.log2(of_values), 1.0 / of_values
-
-        def weighted_values(values):
-            if case.quantized and case.interpreted:
-                return lax.dot(values.astype(jnp.float32), p_s[...].astype(jnp.float32).T)
-
-            def product(acc):
-                plgpu.wgmma(acc, values, p_s.T)
-                return acc[...]
-
-            return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((DP, N), jnp.float32))
 
         def clean_values(slot, low, high, holes, tile_start):
             """Zeros for tokens that are not the row's: 0 * NaN would be NaN. A part at a time spares registers."""
@@ -1006,11 +1000,10 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 # This tile's keys and scales, and the note about its holes.
                 plgpu.barrier_wait(k_full.at[slot])
                 holes = own_notes[NOTES + stage]
+                of_keys = scale
                 if case.quantized:
                     of_keys, log_of_values, inverse_of_values = scales_of(slot)
-                    s = quantized_scores(slot) * of_keys
-                else:
-                    s = scores(slot) * scale
+                s = scores(slot) * of_keys
                 plgpu.barrier_arrive(k_free.at[slot])  # all of them may be overwritten
                 if case.soft_cap is not None:
                     s = soft_cap(s, case.soft_cap)
@@ -1036,12 +1029,11 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                     foreign = jnp.logical_or(foreign, low_any > t * TILE)
                 if case.may_be_nan:
                     pl.when(foreign)(lambda: clean_values(slot, low_any, length - base, holes, t * TILE))
-                values = quantized_values(slot) if case.quantized else v_s.at[slot].T
+                values = values_of(slot)
                 plgpu.commit_smem()  # all threads' p_s and values, before the matrix unit reads them
-                acc = acc + weighted_values(values)
-                if case.quantized:  # the values have left their slot long ago
-                    return acc, m_new, l
-                plgpu.barrier_arrive(v_free.at[slot])  # the values may be overwritten
+                acc = acc + product(values, p_s.T, DP)
+                if not case.quantized:  # quantised ones have left their slot long ago
+                    plgpu.barrier_arrive(v_free.at[slot])  # the values may be overwritten
                 return acc, m_new, l
 
             acc, m, l = lax.fori_loop(begin, end, tile, start)
@@ -1200,7 +1192,7 @@ def decode(
         max_pages=block_tables.shape[1],
         dtype=jnp.dtype(k_pages.dtype),
         q_dtype=jnp.dtype(q.dtype),
-        token_scales=isinstance(k_pages, QuantizedPages) and k_pages.scales.shape[2:] == (K, S),
+        token_scales=isinstance(k_pages, QuantizedPages) and k_pages.per_token,
         causal=causal,
         windowed=sliding_window is not None,
         soft_cap=soft_cap,

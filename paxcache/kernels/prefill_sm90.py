@@ -34,8 +34,9 @@ from jax.custom_batching import sequential_vmap
 
 from paxcache import _quantize
 from paxcache._quantize import QuantizedPages
-from paxcache.kernels._attention import LOG2E, check_supported, soft_cap
+from paxcache.kernels._attention_sm90 import LOG2E, check_supported, soft_cap
 from paxcache.kernels._mosaic import (
+    THREADS,
     DeviceLimits,
     dequantize,
     device_limits,
@@ -63,7 +64,6 @@ SECTOR = 8  # int32 in a memory sector, to which lines are padded
 
 MATRIX = plgpu.Layout.WGMMA
 EACH_ROW = plgpu.Layout.WGMMA.reduce(1)
-THREADS = 128  # of a warpgroup
 EACH_THREAD = plgpu.Layout.WG_STRIDED((THREADS,), 1)
 SCALES = ("k_scales", "v_scales")
 
@@ -396,6 +396,22 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
         """The pages of a block's copies, one in sight where there is none: its tokens are masked later."""
         return [tables[row, jnp.clip(lax.div(first + i * copy_len, S), *in_sight)] for i in mine]
 
+    def drain(free, stages, count):
+        """Waits for the last completions: who waits must see every one."""
+
+        def wait(i, _):
+            plgpu.barrier_wait(free.at[lax.rem(i, stages)])
+
+        lax.fori_loop(jnp.maximum(count - stages, 0), count, wait, None)
+
+    def drain_queries(count):
+        """The same of the last item's queries, if there was one."""
+
+        @pl.when(count > 0)
+        def _():
+            for x in range(CONSUMERS):
+                plgpu.barrier_wait(q_free.at[x])
+
     def producer():
         def stream(name, mine, with_queries):
             """Copies the blocks of all items; of each block the copies numbered `mine`."""
@@ -424,18 +440,9 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 return base + blocks
 
             total = lax.fori_loop(0, num_rounds, one_item, jnp.int32(0))
-
-            def drain(i, _):
-                plgpu.barrier_wait(free.at[lax.rem(i, stages)])
-
-            # A producer must see every completion, those of the end too.
-            lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
+            drain(free, stages, total)
             if with_queries:
-
-                @pl.when(total > 0)
-                def _():
-                    for x in range(CONSUMERS):
-                        plgpu.barrier_wait(q_free.at[x])
+                drain_queries(total)
 
         parts = min(2, copies)
 
@@ -542,18 +549,9 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             pl.when(num_rounds > 0)(lambda: copy_raw(zero, zero, zero))
         fetched = fetch_scales(zero, zero) if fetch_ahead else ()
         total, _ = lax.fori_loop(0, num_rounds, one_item, (zero, fetched))
-        for free in (k_free, v_free):  # who waits must see every completion, those of the end too
-            stages = config.key_stages if free is k_free else config.value_stages
-
-            def drain(i, _, free=free, stages=stages):
-                plgpu.barrier_wait(free.at[lax.rem(i, stages)])
-
-            lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
-
-        @pl.when(total > 0)
-        def _():
-            for x in range(CONSUMERS):
-                plgpu.barrier_wait(q_free.at[x])
+        drain(k_free, config.key_stages, total)
+        drain(v_free, config.value_stages, total)
+        drain_queries(total)
 
     @pl.when(wg == CONSUMERS)
     def _producer():
@@ -912,7 +910,7 @@ def prefill(
         num_pages=k_pages.shape[1],
         dtype=jnp.dtype(q.dtype),
         kv_dtype=jnp.dtype(k_pages.dtype),
-        token_scales=isinstance(k_pages, QuantizedPages) and k_pages.scales.shape[2:] == (K, S),
+        token_scales=isinstance(k_pages, QuantizedPages) and k_pages.per_token,
         causal=causal,
         windowed=sliding_window is not None,
         soft_cap=soft_cap,

@@ -1,6 +1,6 @@
 """Quantises the K and V of new tokens into their pages, in place and in one launch. For Hopper GPUs (sm_90a).
 
-Imports `_quantize` and `_mosaic`.
+Imports `_quantize`, `_mosaic` and `_write_sm90`.
 
 A program is one warpgroup that holds a few tokens in registers, 16 bytes of a row in a thread. A row lies on some lanes
 of one warp, which find its largest magnitude in a few exchanges. Bytes and scales leave for the rows that the slots
@@ -23,6 +23,7 @@ from jax import lax
 
 from paxcache._quantize import Format, QuantizedPages
 from paxcache.kernels._mosaic import (
+    THREADS,
     DeviceLimits,
     device_limits,
     gather,
@@ -30,15 +31,16 @@ from paxcache.kernels._mosaic import (
     issue_loads,
     pl,
     plgpu,
+    require_hopper,
     row_layout,
     scatter,
 )
+from paxcache.kernels._write_sm90 import pairs, run
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Int32
 
 LOAD_BYTES = 16  # of one load of a thread
-THREADS = 128
 MAX_THREAD_ELEMENTS = 128  # in a thread's registers
 BLOCK_LOADS = 4  # of a thread
 GROUP_HEADS = 8  # at most, in a program
@@ -110,7 +112,7 @@ def _rows(pages: QuantizedPages, tokens: Any, first_head: int, block_tokens: int
     _, _, K, _, D = pages.shape
     width = D // pages.form.per_element
     vector_len = math.gcd(width, LOAD_BYTES // _read_dtype(tokens).itemsize)
-    computed = pages.scales.shape[2:] == pages.shape[2:4]
+    computed = pages.per_token
     return _Rows(pages.form, computed, first_head, (block_tokens, _groups(K)[1], width), vector_len)
 
 
@@ -125,12 +127,8 @@ def check_supported(
     """Raises NotImplementedError, with the reason, where `write_pages` cannot do the case."""
     config = config or Config(block_tokens=1)
     limits = limits or device_limits()
-    if limits.compute_capability[0] != 9:
-        major, minor = limits.compute_capability
-        raise NotImplementedError(
-            f"needs a Hopper GPU (compute capability 9.0), this one has {major}.{minor}"
-        )
-    for pages, tokens in _pairs(k_pages, v_pages, k, v):
+    require_hopper(limits)
+    for pages, tokens in pairs(k_pages, v_pages, k, v):
         num_rows, D = math.prod(pages.shape[1:4]), pages.shape[4]
         if num_rows > np.iinfo(np.int32).max:
             raise NotImplementedError(f"{num_rows} rows a layer: the kernel counts them in int32")
@@ -140,10 +138,6 @@ def check_supported(
                 f"head dim {D}, {config.block_tokens} tokens a program: a thread would hold {held} numbers, more than "
                 f"{MAX_THREAD_ELEMENTS}"
             )
-
-
-def _pairs(k_pages: Any, v_pages: Any, k: Any, v: Any) -> list[tuple[Any, Any]]:
-    return [(k_pages, k)] if v_pages is None else [(k_pages, k), (v_pages, v)]
 
 
 def _read_dtype(tokens: Any) -> Any:
@@ -293,28 +287,17 @@ def write_pages(
       NotImplementedError: pools too large, or rows that threads cannot share.
     """
     limits = device_limits()
-    pairs = _pairs(k_pages, v_pages, k, v)
+    written = pairs(k_pages, v_pages, k, v)
     num_tokens = k.shape[0]
     if num_tokens == 0:
         return k_pages, v_pages
     check_supported(k_pages, v_pages, k, v, config, limits)
     if config is None:
-        K, width = k_pages.shape[2], max(p.shape[4] for p, _ in pairs)
-        config = default_config(num_tokens, len(pairs), K, width, _read_dtype(k), limits)
-    elif not 1 <= config.block_tokens <= num_tokens:
-        raise ValueError(f"config: block_tokens must be in [1, {num_tokens}], got {config.block_tokens}")
-    heads = (k_head, v_head)[: len(pairs)]
-    for name, head, (pages, tokens) in zip("kv", heads, pairs, strict=False):
-        if not 0 <= head <= tokens.shape[1] - pages.shape[2]:
-            raise ValueError(
-                f"{name}_head: expected {pages.shape[2]} heads from it on in {name} {tokens.shape}, got {head}"
-            )
-    if slot_mapping.dtype not in (jnp.int32, jnp.int64):
-        slot_mapping = slot_mapping.astype(jnp.int32)
-    pools, tokens = zip(*pairs, strict=True)
-    layer = jnp.asarray(layer, jnp.int32)
-    pools = _write(pools, tokens, slot_mapping, layer, heads=heads, config=config, interpret=interpret)
-    return pools[0], None if v_pages is None else pools[1]
+        K, width = k_pages.shape[2], max(p.shape[4] for p, _ in written)
+        config = default_config(num_tokens, len(written), K, width, _read_dtype(k), limits)
+    return run(
+        _write, written, slot_mapping, layer, heads=(k_head, v_head), config=config, interpret=interpret
+    )
 
 
 # Under jit of its own, so that all layers of a model share one lowered kernel, and one compilation.

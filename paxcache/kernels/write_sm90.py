@@ -1,6 +1,6 @@
 """Writes the K and V of new tokens into their pages, in place and in one launch. For Hopper GPUs (sm_90a).
 
-Imports `_mosaic` alone.
+Imports `_mosaic` and `_write_sm90`.
 
 A program moves a few consecutive tokens. Their K and V come in as one bulk copy each, while the program reads their
 slots; then each token leaves as one copy of all its heads, a box of K rows that lie a page's ``S × D`` tile apart. No
@@ -19,7 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from paxcache.kernels._mosaic import COPY_DTYPES, DeviceLimits, device_limits, in_place, pl, plgpu
+from paxcache.kernels._mosaic import (
+    COPY_DTYPES,
+    DeviceLimits,
+    device_limits,
+    in_place,
+    pl,
+    plgpu,
+    require_hopper,
+)
+from paxcache.kernels._write_sm90 import Pairs, pairs, run
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int, Int32, Shaped
@@ -62,13 +71,10 @@ def check_supported(
     """Raises NotImplementedError, with the reason, where `write_pages` cannot do the case."""
     config = config or Config(block_tokens=1)
     limits = limits or device_limits()
-    if limits.compute_capability[0] != 9:
-        major, minor = limits.compute_capability
-        raise NotImplementedError(
-            f"needs a Hopper GPU (compute capability 9.0), this one has {major}.{minor}"
-        )
+    require_hopper(limits)
     _, P, K, S, _ = k_pages.shape
-    for pages, _ in _pairs(k_pages, v_pages, k, v):
+    written = pairs(k_pages, v_pages, k, v)
+    for pages, _ in written:
         D = pages.shape[-1]
         if pages.dtype.name not in COPY_DTYPES:
             raise NotImplementedError(f"pages of {pages.dtype.name}: the kernel writes {sorted(COPY_DTYPES)}")
@@ -81,15 +87,11 @@ def check_supported(
     num_slots = P * S
     if num_slots > np.iinfo(np.int32).max:
         raise NotImplementedError(f"{num_slots} slots: the kernel counts them in int32")
-    smem = _smem_bytes(_pairs(k_pages, v_pages, k, v), config.block_tokens)
+    smem = _smem_bytes(written, config.block_tokens)
     if smem > limits.smem_bytes_per_block:
         raise NotImplementedError(
             f"{smem} bytes of shared memory for {config.block_tokens} tokens: an SM has {limits.smem_bytes_per_block}"
         )
-
-
-def _pairs(k_pages: Any, v_pages: Any, k: Any, v: Any) -> list[tuple[Any, Any]]:
-    return [(k_pages, k)] if v_pages is None else [(k_pages, k), (v_pages, v)]
 
 
 def _columns(width: int, dtype: Any) -> tuple[int, int]:
@@ -101,10 +103,10 @@ def _columns(width: int, dtype: Any) -> tuple[int, int]:
     raise NotImplementedError(f"rows of {width} {dtype.name}: no part of them fits a box of the copy engine")
 
 
-def _buffers(pairs: list[tuple[Any, Any]], block_tokens: int) -> list[tuple[tuple[int, ...], Any]]:
+def _buffers(written: Pairs, block_tokens: int) -> list[tuple[tuple[int, ...], Any]]:
     """Shape and dtype of the shared-memory buffer of K and of V: a block's tokens as they lie in global memory."""
     buffers = []
-    for pages, _ in pairs:
+    for pages, _ in written:
         K, D = pages.shape[2], pages.shape[4]
         number, length = _columns(D, pages.dtype)
         row = (D,) if number == 1 else (number, length)
@@ -112,8 +114,8 @@ def _buffers(pairs: list[tuple[Any, Any]], block_tokens: int) -> list[tuple[tupl
     return buffers
 
 
-def _smem_bytes(pairs: list[tuple[Any, Any]], block_tokens: int) -> int:
-    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in _buffers(pairs, block_tokens)]
+def _smem_bytes(written: Pairs, block_tokens: int) -> int:
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in _buffers(written, block_tokens)]
     return sum(pl.cdiv(size, SMEM_ALIGNMENT) * SMEM_ALIGNMENT for size in [*sizes, 8])
 
 
@@ -200,38 +202,29 @@ def write_pages(
       NotImplementedError: a dtype, head dim or size that the copy engine cannot move.
     """
     limits = device_limits()
-    pairs = _pairs(k_pages, v_pages, k, v)
+    written = pairs(k_pages, v_pages, k, v)
     num_tokens = k.shape[0]
     if num_tokens == 0:
         return k_pages, v_pages
     check_supported(k_pages, v_pages, k, v, config, limits)
     if config is None:
-        token_bytes = sum(p.shape[2] * p.shape[4] * p.dtype.itemsize for p, _ in pairs)
+        token_bytes = sum(p.shape[2] * p.shape[4] * p.dtype.itemsize for p, _ in written)
         config = default_config(num_tokens, token_bytes, limits)
-    elif not 1 <= config.block_tokens <= num_tokens:
-        raise ValueError(f"config: block_tokens must be in [1, {num_tokens}], got {config.block_tokens}")
-    heads = (k_head, v_head)[: len(pairs)]
-    for name, head, (pages, tokens) in zip("kv", heads, pairs, strict=False):
-        if not 0 <= head <= tokens.shape[1] - pages.shape[2]:
-            raise ValueError(
-                f"{name}_head: expected {pages.shape[2]} heads from it on in {name} {tokens.shape}, got {head}"
-            )
-    if slot_mapping.dtype not in (jnp.int32, jnp.int64):
-        slot_mapping = slot_mapping.astype(jnp.int32)
-    pools, tokens = zip(*pairs, strict=True)
-    layer = jnp.asarray(layer, jnp.int32)
-    pools = _write(pools, tokens, slot_mapping, layer, heads=heads, config=config, interpret=interpret)
-    return pools[0], None if v_pages is None else pools[1]
+    return run(
+        _write, written, slot_mapping, layer, heads=(k_head, v_head), config=config, interpret=interpret
+    )
 
 
 # Under jit of its own, so that all layers of a model share one lowered kernel, and one compilation.
 @functools.partial(jax.jit, static_argnames=("heads", "config", "interpret"), inline=False)
 def _write(pools, tokens, slots, layer, *, heads, config, interpret):
-    pairs = list(zip(pools, tokens, strict=True))
+    written = list(zip(pools, tokens, strict=True))
     L, P, _, S, _ = pools[0].shape
-    buffers = _buffers(pairs, config.block_tokens)
+    buffers = _buffers(written, config.block_tokens)
     rows = [shape[2:] for shape, _ in buffers]
-    tokens = [t.astype(p.dtype).reshape(*t.shape[:2], *row) for (p, t), row in zip(pairs, rows, strict=True)]
+    tokens = [
+        t.astype(p.dtype).reshape(*t.shape[:2], *row) for (p, t), row in zip(written, rows, strict=True)
+    ]
     views = [p.reshape(L * P, *p.shape[2:4], *row) for p, row in zip(pools, rows, strict=True)]
     launch = plgpu.kernel(
         functools.partial(_kernel, num_layers=L, num_pages=P, page_size=S, heads=heads),

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paxcache._quantize import FORMATS, QuantizedPages
+from paxcache._quantize import QuantizedPages
 from paxcache.kernels._triton import (
     Limits,
     as_bytes,
@@ -261,10 +261,9 @@ def write_pages(
     form, per_element, largest, per_token = "plain", 1, 1.0, False
     values, scales = pools, [nothing for _ in pools]
     if isinstance(k_pages, QuantizedPages):
-        form = next(name for name, f in FORMATS.items() if f == k_pages.form)
-        _, largest, per_element = k_pages.form
+        form, _, largest, per_element = k_pages.form
+        per_token = k_pages.per_token
         values, scales = [as_bytes(p.values) for p in pools], [p.scales for p in pools]
-        per_token = k_pages.scales.shape[2:] == (K, S)
 
     def both(arrays: list[Any]) -> list[Any]:
         return [*arrays, nothing] if v_pages is None else arrays

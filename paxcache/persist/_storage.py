@@ -362,7 +362,7 @@ class Storage:
           progress: shows a progress bar (tqdm).
 
         Returns:
-          An `Extent` of N = len(keys) entries in memory of the first device, zeros where it holds none.
+          An `Extent` of N = len(keys) entries in memory of the default device, zeros where it holds none.
 
         Raises:
           ValueError, TypeError: a key is not 32 bytes, or memory_kind is unknown.
@@ -419,7 +419,7 @@ class Storage:
             for pages, group in zip(layout.pages, arrays, strict=True)
         )
         held = tuple(jnp.asarray((masks >> g & 1).astype(bool)) for g in range(layout.num_groups))
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=memory_kind)
+        place = jax.sharding.SingleDeviceSharding(_checks.default_device(), memory_kind=memory_kind)
         return offload.Extent(jax.device_put(trees, place), held)
 
     # Books.
