@@ -28,7 +28,7 @@ import importlib.util
 import math
 import secrets
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -456,13 +456,26 @@ def exactly(expected: Callable[..., Any], *arguments: Any) -> Callable[[Any], st
     return wrong
 
 
-def run_append(limits: Limits, report: Report, seed: int) -> None:
-    num_pages, S = 256 if limits.quick else 32768, 16  # 1 GiB each of K and V
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What pages are moved or written, and how to tell whether they were."""
+
+    name: str
+    build: Callable[[Any], list[Variant]]
+    """Of the backend's name."""
+    wrong: Callable[[Any], str]
+    work: int | None
+    """Bytes read and written."""
+
+
+def append_tasks(quick: bool, seed: int) -> Iterator[Task]:
+    """Writes of K and V."""
+    num_pages, S = 256 if quick else 32768, 16  # 1 GiB each of K and V
     keys, rng = jax.random.split(jax.random.key(seed), 4), np.random.default_rng(seed)
     shape = 1, num_pages, K, S, D
     pools = jax.jit(lambda: [jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:2]])
 
-    for tokens in (4, 256, 1024) if limits.quick else (64, 256, 2048, 8192, 65536):
+    for tokens in (4, 256, 1024) if quick else (64, 256, 2048, 8192, 65536):
         # Few tokens are one each of as many rows; many fill pages one after another.
         pages, spread = rng.permutation(num_pages), tokens <= 256
         page = pages[:tokens] if spread else np.repeat(pages[: -(-tokens // S)], S)[:tokens]
@@ -484,19 +497,32 @@ def run_append(limits: Limits, report: Report, seed: int) -> None:
 
             return in_place(run, pools(), new, slots)
 
+        work = 2 * sum(x.nbytes for x in new)
+        yield Task(f"{tokens} tokens", write, exactly(expected, new, jnp.asarray(writer)), work)
+
+
+def run_tasks(
+    section: str, tasks: Iterator[Task], peers: dict[str, str], limits: Limits, report: Report
+) -> None:
+    """Measures both kernels and the peers, backends by their names."""
+    for task in tasks:
+        names = {"mosaic_gpu": "mosaic_gpu", "triton": "triton"} | peers
         contestants = [
-            Contestant("mosaic_gpu", functools.partial(write, "mosaic_gpu")),
-            Contestant("triton", functools.partial(write, "triton")),
-            Contestant("XLA scatter, donated", functools.partial(write, "xla"), is_peer=True),
+            Contestant(name, functools.partial(task.build, backend), is_peer=name in peers)
+            for name, backend in names.items()
         ]
-        work = 2 * sum(x.nbytes for x in new)  # read and written
-        options: dict[str, Any] = dict(work=work, limit_us=limits.copy_us(work))
-        wrong = exactly(expected, new, jnp.asarray(writer))
-        compare(report, "append", f"{tokens} tokens", contestants, wrong=wrong, **options)
+        options = {"work": task.work, "limit_us": limits.copy_us(task.work)} if task.work else {}
+        compare(report, section, task.name, contestants, wrong=task.wrong, **options)
 
 
-def run_move(limits: Limits, report: Report, seed: int) -> None:
-    L, P, N = (2, 64, 8) if limits.quick else (32, 2048, 512)
+def run_append(limits: Limits, report: Report, seed: int) -> None:
+    tasks = append_tasks(limits.quick, seed)
+    run_tasks("append", tasks, {"XLA scatter, donated": "xla"}, limits, report)
+
+
+def move_tasks(quick: bool, seed: int) -> Iterator[Task]:
+    """Pages out of a pool, into it, and within it."""
+    L, P, N = (2, 64, 8) if quick else (32, 2048, 512)
     pool_key, block_key = jax.random.split(jax.random.key(seed))
     pool = jax.jit(lambda: jax.random.normal(pool_key, (L, P, K, 16, D), jnp.bfloat16))
     blocks = jax.random.normal(block_key, (N, L, K, 16, D), jnp.bfloat16)
@@ -521,22 +547,20 @@ def run_move(limits: Limits, report: Report, seed: int) -> None:
     def copy(implementation, src=src, dst=dst):
         return in_place(functools.partial(ops.copy_pages, implementation=implementation), pool(), src, dst)
 
-    work = 2 * blocks.nbytes
-    limit: dict[str, Any] = dict(work=work, limit_us=limits.copy_us(work))
-    moves: dict[str, Any] = {
-        "gather": (gather, exactly(lambda src: jnp.moveaxis(pool()[:, src], 1, 0), src), limit),
-        "scatter": (scatter, exactly(scattered, blocks, block_of), limit),
-        "copy": (copy, exactly(lambda source_of: pool()[:, source_of], source_of), limit),
-    }
+    work, size = 2 * blocks.nbytes, f"{N} pages x {L} layers"
+    gathered = exactly(lambda src: jnp.moveaxis(pool()[:, src], 1, 0), src)
+    yield Task(f"gather, {size}", gather, gathered, work)
+    yield Task(f"scatter, {size}", scatter, exactly(scattered, blocks, block_of), work)
+    copied = exactly(lambda source_of: pool()[:, source_of], source_of)
+    yield Task(f"copy, {size}", copy, copied, work)
     for n in (64, 256):
         nothing = jnp.full(n, -1, jnp.int32)
         build = functools.partial(copy, src=nothing, dst=nothing)
-        moves[f"copy, {n} x nothing"] = build, exactly(pool), {}
-    for name, (build, wrong, options) in moves.items():
-        contestants = [Contestant(x, functools.partial(build, x)) for x in ("mosaic_gpu", "triton")]
-        contestants.append(Contestant("xla", functools.partial(build, "xla"), is_peer=True))
-        case = f"{name}, {N} pages x {L} layers" if options else name
-        compare(report, "move", case, contestants, wrong=wrong, **options)
+        yield Task(f"copy, {n} x nothing", build, exactly(pool), None)
+
+
+def run_move(limits: Limits, report: Report, seed: int) -> None:
+    run_tasks("move", move_tasks(limits.quick, seed), {"xla": "xla"}, limits, report)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ import bench_offload
 import oracle
 import paxcache
 import timing
-from paxcache.kernels import _mosaic
+import tune_kernels
+from paxcache.kernels import _mosaic, decode_sm90
 from timing import Contestant, Event, Report, Variant
 
 # Times in picoseconds. The second stream's kernel overlaps the first's last one; the line "XLA Ops" tells the same
@@ -365,10 +366,55 @@ def test_bench_offload_runs(tmp_path):
 
 @pytest.mark.usefixtures("quick_programs")
 def test_bench_offload_finds_other_bits(monkeypatch):
-    monkeypatch.setattr(
-        bench_offload._pages, "put", lambda tree, memory_kind: jax.tree.map(jnp.zeros_like, tree)
-    )
+    right = bench_offload._pages._copy_out
+
+    def zeros(*args):
+        blocks, held = right(*args)
+        return jax.tree.map(jnp.zeros_like, blocks), held
+
+    monkeypatch.setattr(bench_offload._pages, "_copy_out", zeros)
     report = bench_offload.main(["--tiny", "--only", "swap"])
     wrong = [r.case for r in report.results if "WRONG" in r.note]
     for form in ("offload.swap_out", "offload.swap_in", "put, then scatter"):
         assert [case for case in wrong if form in case]
+
+
+# --------------------------------------------------------------------------------------------------
+# Tuning
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_search_ends_where_no_step_gains_enough():
+    """A bowl with its bottom at 6, a little dip beyond a step that gains too little, and a place that does not fit."""
+    costs = {3: 40.0, 4: 30.0, 5: 20.0, 6: 10.0, 7: 9.95, 8: 1.0, 2: math.inf}
+    asked = []
+
+    def cost(x):
+        asked.append(x)
+        return costs[x]
+
+    best, tried = tune_kernels.search(3, lambda x: (x - 1, x + 1), cost, gain=0.01)
+    assert best == 6
+    assert asked == [3, 2, 4, 5, 6, 7]  # each once
+    assert tried == {x: costs[x] for x in asked}
+    assert tune_kernels.search(2, lambda x: (x + 1,), cost, gain=0.01)[0] == 6  # from one that does not fit
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_neighbours_differ_in_a_field_and_keep_what_must_hold(dtype):
+    limits = _mosaic.DeviceLimits()
+    shapes = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16, "max_query_len": 1}
+    config = decode_sm90.default_config(**shapes, dtype=jnp.dtype(dtype), limits=limits)
+    found = list(tune_kernels.decode_sm90(config, limits.num_sms))
+    assert len(set(found)) == len(found) > 4
+    assert config not in found
+    for other in found:
+        assert "," not in tune_kernels.described(other, config)
+        assert other.num_programs % other.lanes == 0 == other.min_programs % other.lanes
+        assert other.min_programs <= config.num_programs
+    assert tune_kernels.described(config, config) == "as it is"
+
+
+def test_tuning_says_where_a_kernel_cannot_run(capsys):
+    assert tune_kernels.main(["--quick", "--kernel", "write_sm90", "decode_sm90", "--case", "1 x 8k"]) == {}
+    assert "refused: plan: mosaic_gpu needs a Hopper GPU" in capsys.readouterr().out
