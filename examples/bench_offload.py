@@ -7,7 +7,8 @@ Pages are those of an 8B model: 32 layers, 8 KV heads of 128 in bfloat16, 16 tok
 - link: one pinned array to the host and back, by torch where it is installed (events of the device) and by
   `jax.device_put`. The best of these is the link that the other sections are measured against.
 - swap: scattered pages out of a pool and back into it: by `offload.swap_out`, which gathers by a program and transfers
-  outside of it, or within one program; by `offload.swap_in`, within one program, or put first and then scattered.
+  outside of it, alone and several in a row, or within one program; by `offload.swap_in`, within one program, or put
+  first and then scattered.
   "fresh" keeps the earlier extents, so that each takes memory that was not used before; "first" is the first of all.
 - overlap: a decode loop of the 8B shape (16 rows of 4k) alone and beside pieces of 256 MiB that leave or come back.
 - resume: a row preempted and resumed, against the prefill of the same model that would recompute it.
@@ -49,6 +50,7 @@ from timing import Report, Result
 
 SECTIONS = ("link", "swap", "overlap", "resume", "layers", "representation")
 MIB = 2**20
+IN_A_ROW = 4
 WARMUPS = 2  # arrays that come out of a program may be committed and those that went in not, so compile twice
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
@@ -180,12 +182,18 @@ class Bench:
         if again:
             self.summary.append(Result("summary", case, contestant, note=note))
 
-    def trace(self, section: str, case: str, contestant: str, call: Callable[[], Any]) -> float:
-        """What a call does on the device, as a line; its span in seconds, NaN where there is no trace."""
-        with timing.traced() as events:
-            jax.block_until_ready(call())
+    def trace(
+        self, section: str, case: str, contestant: str, call: Callable[[], Any], undo: Callable[[], Any]
+    ) -> float:
+        """What a call does on the device, as a line; its median span in seconds, NaN where there is no trace."""
+        spans = []
+        for _ in range(self.sizes.repeats):
+            with timing.traced() as events:
+                jax.block_until_ready(call())
+            spans.append(timing.span_us(events) / 1e6 if events else math.nan)
+            undo()
         self.say(section, case, contestant, listed(events))
-        return timing.span_us(events) / 1e6 if events else math.nan
+        return statistics.median(spans)
 
     @property
     def params(self) -> Any:
@@ -277,9 +285,14 @@ def run_swap(bench: Bench) -> None:
     order = np.random.default_rng(0).permutation(P).astype(np.int32)
     bench.say("swap", "the pool", "", f"{P} pages of {named(page_bytes)}")
 
-    def add(case, name, times, num_bytes, direction, call):
+    def add(case, name, num_bytes, direction, call, undo=lambda: None):
+        times = []
+        for _ in range(sizes.repeats + WARMUPS):
+            times.append(seconds(call)[0])
+            undo()
+        times = times[WARMUPS:]
         bench.add("swap", case, name, times, num_bytes=num_bytes, direction=direction)
-        span = bench.trace("swap", case, name, call)
+        span = bench.trace("swap", case, name, call, undo)
         limit = num_bytes / bench.link.get(direction, math.nan)
         note = (
             f"of the link: {limit / span:.1%} by device span, {limit / statistics.median(times):.1%} by wall"
@@ -303,14 +316,19 @@ def run_swap(bench: Bench) -> None:
             with bench.report.guarded("swap", f"{case}, {name}"):
                 if not _same(on_device(call().blocks[0]), expected):
                     raise RuntimeError("WRONG: other bits than in the pool")
-                times = [seconds(call)[0] for _ in range(sizes.repeats + WARMUPS)][WARMUPS:]
-                add(case, name, times, num_bytes, "out", call)
+                add(case, name, num_bytes, "out", call)
+
+        def in_a_row():
+            return [swap_out() for _ in range(IN_A_ROW)]
+
+        with bench.report.guarded("swap", f"{case}, {IN_A_ROW} in a row"):
+            add(f"{case}, {IN_A_ROW} in a row", "offload.swap_out", IN_A_ROW * num_bytes, "out", in_a_row)
 
     def back(num_bytes, ids, expected):
         nonlocal cache
         case = f"{named(num_bytes)}, back"
         extent = jax.block_until_ready(offload.swap_out(cache, ids))
-        free = (jnp.asarray(order[-len(ids) :]),)
+        page_ids = free = (jnp.asarray(order[-len(ids) :]),)
 
         def put_first(cache, extent):
             (group,) = cache.groups
@@ -319,20 +337,22 @@ def run_swap(bench: Bench) -> None:
 
         for name, function in {"offload.swap_in": swap_in, "put, then scatter": put_first}.items():
             with bench.report.guarded("swap", f"{case}, {name}"):
-                page_ids, times = free, []
 
                 def call(function=function):
                     nonlocal cache, page_ids
                     cache, page_ids, _ = function(cache, extent)
                     return cache
 
-                for _ in range(sizes.repeats + WARMUPS):
-                    times.append(seconds(call)[0])
+                def give_back(function=function):
+                    nonlocal cache
                     if function is swap_in:
-                        cache = offload.drop(cache, page_ids)
+                        cache = jax.block_until_ready(offload.drop(cache, page_ids))
+
+                call()
                 if not _same(gather(cache.groups[0].pages, page_ids[0]), expected):
                     raise RuntimeError("WRONG: other bits than left the pool")
-                add(case, name, times[WARMUPS:], num_bytes, "back", call)
+                give_back()
+                add(case, name, num_bytes, "back", call, give_back)
 
     for num_bytes in sizes.num_bytes:
         with bench.report.guarded("swap", named(num_bytes)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import re
 from typing import Any
 
@@ -158,18 +159,20 @@ def test_extent_outlives_what_happens_to_its_pages():
             np.testing.assert_array_equal(bits(block), wanted)
 
 
-def test_outside_jit_no_program_holds_a_transfer(monkeypatch):
+def test_outside_jit_no_program_holds_a_large_transfer(monkeypatch):
     """It would hold up what is launched after it until the pages have left. Inside a caller's jit it has to."""
     cache, host = filled(config_of(), (9, 4, 0, 0)), offload.init(config_of(), 9)
     gathered, right = [], _pages._gather
     monkeypatch.setattr(_pages, "_gather", lambda *args: gathered.append(right(*args)) or gathered[-1])
-    for by_layer in (False, True):
+    for by_layer, most in itertools.product((False, True), (_pages.ONE_PROGRAM_BYTES, 0)):
         gathered.clear()
+        monkeypatch.setattr(_pages, "ONE_PROGRAM_BYTES", most)
         extent = offload.swap_out(cache, ids(0, 1), by_layer=by_layer)
         ticket = offload.preempt(cache, host, ids(0), by_layer=by_layer)[2]
-        for before, after in zip(gathered, (extent.blocks, ticket.extent.blocks), strict=True):
+        for (before, _), after in zip(gathered, (extent.blocks, ticket.extent.blocks), strict=True):
             for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True):
-                assert (a.sharding.memory_kind, b.sharding.memory_kind) == ("device", "pinned_host")
+                assert a.sharding.memory_kind == ("pinned_host" if most else "device")
+                assert b.sharding.memory_kind == "pinned_host"
     inside = jax.jit(functools.partial(offload.swap_out, by_layer=True))(cache, ids(0, 1))
     assert_same(inside, extent)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(inside.blocks)} == {"pinned_host"}

@@ -162,7 +162,7 @@ def land(
         raise ValueError(f"arrival: expected pages of {len(cache.groups)} groups, got {len(arrival.blocks)}")
     pool, block = cache.groups[group].pages, arrival.blocks[group][index]
     after = (
-        (lambda tree: lax.optimization_barrier((tree, x))[0]) if _pages.is_traced(x) else lambda tree: tree
+        (lambda tree: lax.optimization_barrier((tree, x))[0]) if _checks.is_traced(x) else lambda tree: tree
     )
     pool = _pages.put_layer(after(pool), index, arrival.targets[group], block, implementation)
     blocks = [list(layers) for layers in arrival.blocks]
@@ -204,7 +204,7 @@ def fetch(arrival: Arrival) -> Arrival:
 
     Example: see `wait`.
     """
-    if _pages.is_traced(arrival):
+    if _checks.is_traced(arrival):
         raise TypeError("arrival: fetch starts transfers from the host; inside jit call land alone")
     return dataclasses.replace(arrival, blocks=_pages.put(arrival.blocks, "device"))
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from paxcache import _allocator, _checks, ops
 from paxcache._cache import _integers_only
@@ -25,6 +24,10 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int32
 
     from paxcache.ops import Implementation
+
+ONE_PROGRAM_BYTES = 16 * 2**20
+"""Copies of up to this size leave within the program that gathers them: beginning a transfer outside of it takes the
+host half a millisecond, in which the link moves more than this."""
 
 _SPACES = {"pinned_host": jax.memory.Space.Host, "device": jax.memory.Space.Device}
 
@@ -65,10 +68,6 @@ def size_class(num_pages: int) -> int:
     return -(-num_pages // step) * step
 
 
-def is_traced(*trees: Any) -> bool:
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
-
-
 def shapes_of(pools: Iterable[Pages]) -> tuple[tuple[Any, ...], ...]:
     """By group, shape and dtype of a page's leaves."""
     return tuple(
@@ -80,7 +79,7 @@ def shapes_of(pools: Iterable[Pages]) -> tuple[tuple[Any, ...], ...]:
 def put(tree: Any, memory_kind: str) -> Any:
     """The arrays in another memory. Inside jit the transfer is part of the program; outside it is only begun."""
     there = space(memory_kind)
-    if not is_traced(tree):
+    if not _checks.is_traced(tree):
         there = jax.tree.map(lambda x: x.sharding.with_memory_kind(memory_kind), tree)
     return jax.device_put(tree, there)
 
@@ -92,17 +91,33 @@ def copy_out(
     implementation: Implementation,
     by_layer: bool = False,
 ) -> tuple[Any, ...]:
-    """Blocks of the named pages in another memory.
+    """Blocks of the named pages in another memory; zeros for ids outside a pool.
 
-    Outside jit a program gathers and the transfer is none of its own: one that waits for the link holds up whatever is
-    launched after it. The transfer reads an array that nobody else has, so the pools may be donated at once.
+    Outside jit a program gathers and the transfer of many pages is none of its own: one that waits for the link holds
+    up whatever is launched after it. The transfer reads an array that nobody else has, so the pools may be donated at
+    once.
     """
-    return put(_gather(pages, page_ids, implementation, by_layer), memory_kind)
+    return _copy_out(pages, page_ids, None, memory_kind, implementation, by_layer)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _gather(pages, page_ids, implementation, by_layer):
-    """The named pages, by group. Pools go in and do not come out, so an eager call copies none."""
+def _copy_out(pages, page_ids, ref_counts, memory_kind, implementation, by_layer):
+    """As `copy_out`; with counts only of pages that have one, and by group which those are."""
+    sizes = [
+        ids.shape[0] * leaf.nbytes // leaf.shape[1]
+        for pool, ids in zip(pages, page_ids, strict=True)
+        for leaf in jax.tree.leaves(pool)
+    ]
+    within = memory_kind if sum(sizes) <= ONE_PROGRAM_BYTES else "device"
+    blocks, held = _gather(pages, page_ids, ref_counts, within, implementation, by_layer)
+    return blocks if within == memory_kind else put(blocks, memory_kind), held
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _gather(pages, page_ids, ref_counts, memory_kind, implementation, by_layer):
+    """The program of `_copy_out`. Pools go in and do not come out, so an eager call copies none."""
+    held = None
+    if ref_counts is not None:
+        page_ids, held = _find_pages(ref_counts, page_ids)
     blocks = []
     for pool, ids in zip(pages, page_ids, strict=True):
         if by_layer:
@@ -110,7 +125,18 @@ def _gather(pages, page_ids, implementation, by_layer):
             blocks.append(tuple(_take_layer(pool, layer, ids, implementation) for layer in layers))
         else:
             blocks.append(_take(pool, ids, implementation))
-    return tuple(blocks)
+    return put(tuple(blocks), memory_kind), held
+
+
+def _find_pages(ref_counts, page_ids):
+    """The ids with P for those that nobody references, and by group which are left."""
+    found, held = [], []
+    for counts, ids in zip(ref_counts, page_ids, strict=True):
+        P = counts.shape[0]
+        exists = (ids >= 0) & (ids < P) & (counts[jnp.clip(ids, 0, P - 1)] > 0)
+        found.append(jnp.where(exists, ids, P))
+        held.append(exists)
+    return tuple(found), tuple(held)
 
 
 def _take(pool, ids, implementation):
@@ -214,8 +240,8 @@ def swap_out(
     """Copies pages, with all their layers, to host memory. The cache and its references stay as they are.
 
     Outside jit the copies are gathered by one program and leave while others run, taking as much room on the device
-    until they have left; the cache may be donated at once. Inside a jit of the caller's the transfer is part of that
-    program, and what is launched after it waits for the link.
+    until they have left; the cache may be donated at once. Up to 16 MiB leave within that program, which is sooner.
+    Inside a jit of the caller's the transfer is part of that program, and what is launched after it waits for the link.
 
     Pinned memory is taken when it is first needed, which for 1 GiB can take longer than thirty transfers of as much.
     JAX keeps it when an extent is dropped: a program that minds swaps its largest extent out once when it starts.
@@ -250,19 +276,8 @@ def swap_out(
     Reference: the swap kernels of FastDeploy's cache manager; the host tier of SGLang's HiCache.
     """
     ids = _check_page_ids(cache, page_ids)
-    ids, held = _find_pages(tuple(g.ref_counts for g in cache.groups), ids)
-    return Extent(copy_out(pages_of(cache), ids, memory_kind, implementation, by_layer), held)
-
-
-@jax.jit
-def _find_pages(ref_counts, page_ids):
-    found, held = [], []
-    for counts, ids in zip(ref_counts, page_ids, strict=True):
-        P = counts.shape[0]
-        exists = (ids >= 0) & (ids < P) & (counts[jnp.clip(ids, 0, P - 1)] > 0)
-        found.append(jnp.where(exists, ids, P))
-        held.append(exists)
-    return tuple(found), tuple(held)
+    ref_counts = tuple(g.ref_counts for g in cache.groups)
+    return Extent(*_copy_out(pages_of(cache), ids, ref_counts, memory_kind, implementation, by_layer))
 
 
 def swap_in(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from paxcache import _allocator, ops
+from paxcache import _allocator, _checks, ops
 from paxcache._cache import _integers_only
 from paxcache._types import INT32_MAX, NO_PAGE, PagedKVCache
 from paxcache.offload import _pages
@@ -111,7 +111,7 @@ def resize(cache: PagedKVCache, num_pages: int | tuple[int, ...]) -> PagedKVCach
         ...
       ValueError: num_pages: group 0 has 2 pages in use, expected at least as many, got 1
     """
-    if _pages.is_traced(cache):
+    if _checks.is_traced(cache):
         raise TypeError("resize changes shapes by what the counts are and cannot run inside jit")
     sizes = _pages.by_group("num_pages", num_pages, len(cache.groups), minimum=1)
     packed, moves = _integers_only(_pack, cache)
