@@ -368,9 +368,10 @@ def test_bench_offload_runs(tmp_path):
 def test_bench_offload_finds_other_bits(monkeypatch):
     right = bench_offload._pages._copy_out
 
-    def zeros(*args):
-        blocks, held = right(*args)
-        return jax.tree.map(jnp.zeros_like, blocks), held
+    def zeros(pages, page_ids, ref_counts, *options):
+        nothing = tuple(jnp.full_like(ids, -1) for ids in page_ids)
+        blocks, _ = right(pages, nothing, None, *options)
+        return blocks, right(pages, page_ids, ref_counts, *options)[1]
 
     monkeypatch.setattr(bench_offload._pages, "_copy_out", zeros)
     report = bench_offload.main(["--tiny", "--only", "swap"])
