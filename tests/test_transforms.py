@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as Spec
 
 import paxcache
 from driver import Driver, config_of, copy_of, poisoned
-from paxcache import ops
+from paxcache import ops, sharding
 
 L, K, D, H, T = 2, 2, 4, 4, 8
 CONFIG = config_of(
@@ -264,6 +264,41 @@ def test_shard_map_over_kv_heads(step, cpu_devices):
         np.testing.assert_allclose(out, outs[i], 1e-5, 1e-5)
         cache = whole(cache, jnp.int32(i))
         assert_same(cache, caches[i])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("step", [forward, scanned_forward], ids=["unrolled", "layers_scanned"])
+def test_shard_map_over_two_gpus(step, quantization):
+    """As on one GPU, with the kernels that are the GPU's own; the pages to the bit."""
+    devices = jax.devices("gpu")
+    if len(devices) < 2:
+        pytest.skip("needs two GPUs")
+    config = config_of(
+        paxcache.LayerGroup(
+            num_layers=L, num_kv_heads=K, head_dim=128, dtype=jnp.bfloat16, quantization=quantization
+        ),
+        num_pages=11,
+        page_size=16,
+    )
+    mesh = Mesh(np.asarray(devices[:2]), ("heads",))
+    alone, cache = paxcache.init(config), paxcache.init(config)
+    specs = sharding.partition_specs(cache, "heads")
+    cache = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), cache, specs)
+    heads = Spec(None, "heads")
+    sharded = jax.jit(
+        jax.shard_map(
+            step, mesh=mesh, in_specs=(specs, Spec(), heads, heads, heads), out_specs=(specs, heads, Spec())
+        ),
+        donate_argnums=0,
+    )
+    for i, lens in enumerate(LENS):
+        rng = np.random.default_rng(i)
+        k, v, q = (jnp.asarray(rng.standard_normal((T, n, 128)), jnp.bfloat16) for n in (K, K, 4 * K))
+        alone, expected, _ = step(alone, jnp.asarray(lens), k, v, q)
+        cache, out, _ = sharded(cache, jnp.asarray(lens), k, v, q)
+        np.testing.assert_allclose(out.astype(jnp.float32), expected.astype(jnp.float32), 2e-2, 2e-2)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), cache, alone)
 
 
 def test_one_trace_for_all_lengths():
