@@ -161,7 +161,7 @@ def preempt(
     rows = _checks.int_array("rows", rows, "N")
     if max_pages is not None:
         bounds = _pages.by_group("max_pages", max_pages, len(cache.groups), minimum=0)
-    elif _pages.is_traced(cache, host, rows):
+    elif _checks.is_traced(cache, host, rows):
         most = rows.shape[0] * cache.max_pages_per_seq
         bounds = tuple(min(g.ref_counts.shape[0], most) for g in cache.groups)
     else:
