@@ -170,7 +170,7 @@ def publish() -> None:
 def timed(function: Callable[[], Any]) -> tuple[tuple[float, float], Any]:
     """Seconds that a call takes without and with what `_integers` does for it, and its result."""
     inside = [0.0]
-    names = ("read_rows", "write_rows", "read_counts", "add_references")
+    names = ("read_rows", "write_rows", "write_epochs", "read_counts", "add_references")
     originals = {name: getattr(_integers, name) for name in names}
 
     def measured(original):

@@ -86,7 +86,7 @@ def init(
         tables = jnp.full((B, M), NO_PAGE, jnp.int32)
         groups.append(GroupCache(Pages(k, v), tables, jnp.zeros(num_pages, jnp.int32), group.sliding_window))
         first += group.num_layers
-    return PagedKVCache(jnp.zeros(B, jnp.int32), tuple(groups))
+    return PagedKVCache(jnp.zeros(B, jnp.int32), tuple(groups), jnp.zeros(B, jnp.int32))
 
 
 def page_shapes(config: CacheConfig) -> tuple[Pages, ...]:
@@ -259,7 +259,7 @@ def _extend(
         block_tables=tuple(jnp.copy(g.block_tables) for g in groups),
         plans=tuple(plans),
     )
-    return PagedKVCache(seq_lens, tuple(groups)), step
+    return dataclasses.replace(cache, seq_lens=seq_lens, groups=tuple(groups)), step
 
 
 def locate(cache: PagedKVCache, layer: Layer) -> tuple[int, int | jax.Array]:
@@ -478,14 +478,22 @@ def fork(
 
 def _integers_only(function: Any, cache: PagedKVCache, *args: Any) -> Any:
     """Calls a function that changes integers alone with the pages left out: an eager call would copy them."""
-    bare = dataclasses.replace(cache, groups=tuple(dataclasses.replace(g, pages=None) for g in cache.groups))
+    groups = tuple(dataclasses.replace(g, pages=None) for g in cache.groups)
+    bare = dataclasses.replace(cache, groups=groups, epochs=row_epochs(cache))
     changed, *rest = function(bare, *args)
     groups = tuple(
         dataclasses.replace(new, pages=old.pages)
         for new, old in zip(changed.groups, cache.groups, strict=True)
     )
-    changed = dataclasses.replace(changed, groups=groups)
+    # A cache put together without epochs stays so: the carry of a loop must keep its structure.
+    epochs = None if cache.epochs is None else changed.epochs
+    changed = dataclasses.replace(changed, groups=groups, epochs=epochs)
     return (changed, *rest) if rest else changed
+
+
+def row_epochs(cache: PagedKVCache) -> Int32[Array, "B"]:
+    """A cache's `epochs`, also where it was put together without."""
+    return jnp.zeros_like(cache.seq_lens) if cache.epochs is None else cache.epochs
 
 
 @jax.jit
@@ -530,14 +538,15 @@ def _reorder(cache, parents):
 
 
 def _share(cache: PagedKVCache, parents: Int32[Array, "B"]) -> PagedKVCache:
-    """Every row takes the length and the tables of its parent; -1 takes none."""
+    """Every row takes the length, the epoch and the tables of its parent; -1 takes none."""
     empty, at = parents < 0, jnp.maximum(parents, 0)
     groups = []
     for group in cache.groups:
         tables = jnp.where(empty[:, None], NO_PAGE, group.block_tables[at])
         counts = _allocator.remap(group.block_tables, group.ref_counts, tables)
         groups.append(dataclasses.replace(group, block_tables=tables, ref_counts=counts))
-    return PagedKVCache(jnp.where(empty, 0, cache.seq_lens[at]), tuple(groups))
+    seq_lens, epochs = (jnp.where(empty, 0, x[at]) for x in (cache.seq_lens, row_epochs(cache)))
+    return PagedKVCache(seq_lens, tuple(groups), epochs)
 
 
 def truncate(cache: PagedKVCache, seq_lens: Int32[Array, "B"]) -> PagedKVCache:
@@ -608,7 +617,8 @@ def release(cache: PagedKVCache, rows: Bool[Array, "B"]) -> PagedKVCache:
 
 @jax.jit
 def _release(cache, rows):
-    return (_unmap(cache, jnp.where(rows, 0, cache.seq_lens), lambda g: rows[:, None]),)
+    seq_lens, epochs = (jnp.where(rows, 0, x) for x in (cache.seq_lens, cache.epochs))
+    return (dataclasses.replace(_unmap(cache, seq_lens, lambda g: rows[:, None]), epochs=epochs),)
 
 
 def _unmap(cache: PagedKVCache, seq_lens: Int32[Array, "B"], where: Any) -> PagedKVCache:
@@ -617,4 +627,4 @@ def _unmap(cache: PagedKVCache, seq_lens: Int32[Array, "B"], where: Any) -> Page
     for group in cache.groups:
         tables, counts = _allocator.unmap(group.block_tables, group.ref_counts, where(group))
         groups.append(dataclasses.replace(group, block_tables=tables, ref_counts=counts))
-    return PagedKVCache(seq_lens, tuple(groups))
+    return dataclasses.replace(cache, seq_lens=seq_lens, groups=tuple(groups))

@@ -338,6 +338,9 @@ class PagedKVCache:
 
     seq_lens: Int32[Array, "B"]
     groups: tuple[GroupCache, ...]
+    epochs: Int32[Array, "B"] | None = None
+    """By row, 1 plus the epoch of the weights in which `prefix.admit` began it, which its forks inherit; 0: it was not
+    admitted. None, in a cache put together by hand: none was."""
 
     @property
     def max_seqs(self) -> int:

@@ -733,6 +733,34 @@ def test_a_whole_state_comes_back_and_goes_on(tmp_path):
     assert_equal(*results)
 
 
+def test_a_state_from_before_rows_had_epochs_and_runs_bytes_is_read(tmp_path, monkeypatch):
+    state, fields = busy_state(), _checkpoint._fields
+
+    def fields_before(cls):
+        names = [name for name in fields(cls) if name != "epochs"]
+        return [*names, "row_epochs"] if cls is prefix.Index else names
+
+    nodes, runs = {}, {}
+    for node_id, node in _tree.items(state["index"].nodes):
+        run = node.run
+        arrays = run._replace(ids=run.table.copy(), where=np.frombuffer(run.where, np.uint8).copy())
+        nodes[node_id] = node._replace(run=runs.setdefault(id(run), arrays))
+    old = {**state, "index": dataclasses.replace(state["index"], nodes=_tree.update(None, nodes))}
+    with monkeypatch.context() as before:
+        before.setattr(prefix.Index, "row_epochs", None, raising=False)
+        before.setattr(_checkpoint, "_fields", fields_before)
+        persist.save(tmp_path, old)
+    for target in (None, state):
+        loaded = persist.load(tmp_path, target)
+        cache, (ticket,) = loaded["cache"], loaded["tickets"]
+        for x, now in ((cache, state["cache"]), (ticket, state["tickets"][0])):
+            assert now.epochs.any() and not x.epochs.any()
+            assert x.epochs.sharding == x.seq_lens.sharding
+        loaded["cache"] = dataclasses.replace(cache, epochs=state["cache"].epochs)
+        loaded["tickets"] = [dataclasses.replace(ticket, epochs=state["tickets"][0].epochs)]
+        assert_equal(loaded, state)
+
+
 def test_an_index_shares_and_orders_as_before(tmp_path):
     """Nodes that were split from one run still show parts of one, and a long log does not nest too deep."""
     index = busy_state()["index"]

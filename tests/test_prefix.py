@@ -26,8 +26,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 import paxcache
 from bench_prefix import belady, conversations, serve_trace
 from driver import config_of
-from paxcache import prefix
-from paxcache.prefix import _tree
+from paxcache import offload, prefix
+from paxcache.prefix import _host, _index, _keys, _policy, _tree
 
 T = 16
 
@@ -118,6 +118,17 @@ class World:
         self.cache = paxcache.release(self.cache, gone)
         for row in rows:
             self.tokens[row], self.keys[row], self.context[row] = [], None, None
+
+    def reorder(self, parents) -> None:
+        self.cache = paxcache.reorder(self.cache, jnp.asarray(parents, jnp.int32))
+        before = list(zip(self.tokens, self.keys, self.context, strict=True))
+        rows = [before[parent] if parent >= 0 else ([], None, None) for parent in parents]
+        self.tokens, self.keys, self.context = map(list, zip(*rows, strict=True))
+
+    def becomes(self, child: int, parent: int) -> None:
+        """After a fork."""
+        for rows in (self.tokens, self.keys, self.context):
+            rows[child] = rows[parent]
 
     def evict(self, num_pages: int, **options: Any) -> int:
         self.cache, self.index, freed = prefix.evict(self.cache, self.index, num_pages, **options)
@@ -666,6 +677,88 @@ def test_a_fork_of_a_row_begun_under_old_weights_offers_nothing():
     w.check()
 
 
+@pytest.mark.parametrize("how", ["fork", "reorder", "resume"])
+@pytest.mark.parametrize("stale", [False, True])
+def test_rows_keep_their_epoch_whatever_row_they_move_to(how, stale):
+    """One that the new weights had before, live or released, cannot publish what the old ones computed."""
+    w, prompt = world(), list(range(8))
+    w.index = prefix.new_epoch(w.index, 5)
+    w.admit(0, prompt)
+    w.compute(0)
+    w.index = prefix.new_epoch(w.index, 6) if stale else w.index
+    w.serve(1, range(50, 58))
+    if how == "fork":
+        w.cache, _ = paxcache.fork(w.cache, jnp.array([0]), jnp.array([1]))
+        w.becomes(1, 0)
+    elif how == "reorder":
+        w.admit(1, range(60, 68))
+        w.compute(1)
+        w.reorder([-1, 0, 2, 3])
+    else:
+        w.cache, host, ticket = offload.preempt(w.cache, offload.init(w.config, 8), jnp.array([0]))
+        assert np.asarray(w.cache.epochs).tolist() == [0, 0, 0, 0]
+        w.admit(1, [])  # in the new epoch, and still idle
+        w.cache, _, ok = offload.resume(w.cache, host, ticket, jnp.array([1]))
+        assert ok
+        w.becomes(1, 0)
+    assert np.asarray(w.cache.epochs)[1] == 6
+    w.publish(1)
+    assert w.match(prompt) == (0 if stale else 8)
+    w.check()
+
+
+def test_a_released_row_has_no_epoch_and_one_rolled_back_keeps_it():
+    w = world()
+    w.index = prefix.new_epoch(w.index)
+    w.admit(0, range(8))
+    w.admit(1, range(50, 58))
+    w.compute(0)
+    w.cache = paxcache.truncate(w.cache, jnp.array([0, 0, 0, 0]))
+    w.compute(0)
+    w.publish(0)
+    assert w.match(range(8)) == 8
+    w.cache = paxcache.release(w.cache, jnp.array([False, True, False, False]))
+    w.compute(1)
+    w.publish(1)
+    assert w.match(range(50, 58)) == 0
+
+
+def test_epochs_fit_int32():
+    w = world(epoch=2**31 - 2)
+    w.serve(0, range(8))
+    assert w.match(range(8)) == 8
+    for make in (lambda: prefix.new_epoch(w.index), lambda: prefix.init(w.config, epoch=2**31 - 1)):
+        with pytest.raises(ValueError, match=r"epoch: must be below 2147483647 .*, got 2147483647"):
+            make()
+
+
+def test_a_cache_put_together_without_epochs_has_rows_that_were_not_admitted():
+    w = world()
+    w.cache = paxcache.PagedKVCache(w.cache.seq_lens, w.cache.groups)
+    w.tokens[0], w.context[0] = list(range(8)), (0, None)
+    w.compute(0)
+    assert w.cache.epochs is None
+    w.publish(0)
+    assert w.admit(1, range(9)) == 8
+    assert np.asarray(w.cache.epochs).tolist() == [0, 1, 0, 0]
+
+
+def test_a_cache_put_together_without_epochs_keeps_its_structure():
+    """As the carry of a loop must; only admitting gives it some."""
+    whole = paxcache.init(config_of())
+    cache = paxcache.PagedKVCache(whole.seq_lens, whole.groups)
+
+    def body(_, cache):
+        cache, _ = paxcache.extend(cache, jnp.array([3, 0, 0, 0]), num_tokens=3)
+        cache, _ = paxcache.fork(cache, jnp.array([0]), jnp.array([1]))
+        cache = paxcache.truncate(paxcache.reorder(cache, jnp.array([0, 1, 1, -1])), jnp.full(4, 2))
+        return paxcache.release(cache, jnp.array([False, True, True, True]))
+
+    cache = jax.lax.fori_loop(0, 3, body, cache)
+    assert cache.epochs is None and cache.seq_lens.tolist() == [2, 0, 0, 0]
+    paxcache.check(cache)
+
+
 def test_rows_never_admitted_publish_in_the_first_epoch_alone():
     w = world()
     w.tokens[0], w.context[0] = list(range(8)), (0, None)
@@ -673,7 +766,9 @@ def test_rows_never_admitted_publish_in_the_first_epoch_alone():
     w.publish(0)
     assert w.match(range(8)) == 8
     w.index = prefix.new_epoch(w.index, 7)
-    w.publish(0)
+    w.reorder([0, 0, 2, 3])
+    for row in (0, 1):
+        w.publish(row)
     assert w.match(range(8)) == 0 and w.index.epoch == 7
     with pytest.raises(ValueError, match="epoch must be at least 8, got 7"):
         prefix.new_epoch(w.index, 7)
@@ -998,7 +1093,7 @@ def allocated(old: Any, new: Any) -> int:
     """Tree nodes of the new version that the old one does not share."""
 
     def nodes_of(index):
-        waiting = [index.nodes, index.edges, index.pins, index.row_epochs, *(t for _, t in index.orders)]
+        waiting = [index.nodes, index.edges, index.pins, *(t for _, t in index.orders)]
         while waiting:
             if (node := waiting.pop()) is not None:
                 yield id(node)
@@ -1016,15 +1111,13 @@ def filled(num_pages: int, size: int = 2) -> World:
     lens = jnp.array([num_pages * size])
     cache, _ = paxcache.extend(cache, lens, num_tokens=num_pages * size)
     ids = np.asarray(cache.groups[0].block_tables)[0]
-    from paxcache.prefix import _index, _keys
-
     draft = _index.Draft(w.index)
     taken: list[list[int]] = [[]]
     for n in range(num_pages):
         draft.tick += 1
         prompt = _keys.prompt(tokens[n * size : (n + 1) * size], page_size=size, extra_key=None, epoch=0)
         page = ids[n : n + 1, None]
-        run = _index.Run(prompt.tokens, bytes(32), {}, page, np.zeros(1, np.uint8))
+        run = _index.Run(prompt.tokens, bytes(32), {}, page.tobytes(), _index.ON_DEVICE)
         draft.add(prompt, 0, 0, run, priority=0, expires=math.inf)
         draft.hold(page, taken)
     w.cache, w.index = cache, draft.done()
@@ -1050,6 +1143,27 @@ def test_the_ordered_map_is_a_map(changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_tree, "WIDTH", 8)  # more joining and splitting
         check_map(changes)
+
+
+@hypothesis.given(st.lists(st.dictionaries(st.integers(0, 99), st.booleans(), max_size=60), max_size=6))
+def test_many_changes_of_the_ordered_map_at_once(batches):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_tree, "WIDTH", 8)
+        tree, model, versions = None, {}, []
+        for n, batch in enumerate(batches):
+            changes = {key: n if adds else None for key, adds in batch.items() if adds or key in model}
+            missing = set(batch) - set(changes)
+            if missing:
+                with pytest.raises(KeyError):
+                    _tree.update(tree, {**changes, min(missing): None})
+            tree = _tree.update(tree, changes)
+            model = {key: value for key, value in (model | changes).items() if value is not None}
+            versions.append((tree, model))
+        for tree, model in versions:
+            assert_well_formed(tree)
+            for start in (None, -1, 50, 100):
+                wanted = [item for item in sorted(model.items()) if start is None or item[0] >= start]
+                assert list(_tree.items(tree, start)) == wanted
 
 
 def test_the_ordered_map_grows_and_shrinks():
@@ -1263,6 +1377,100 @@ def test_arguments_are_named():
 # Random programs against a plain model.
 
 
+def evicted_one_by_one(index, needs, in_use, policy):
+    """What `evict` does, by looking at all nodes before each cut: the cuts (node, end, pages), and the nodes left."""
+    nodes = dict(_tree.items(index.nodes))
+    stay = {node_id for node_id, _ in _tree.items(index.pins)}
+    cuts, freed = [], [0] * len(needs)
+
+    def worth(node):
+        live, expired = node.epoch == index.epoch, node.expires <= index.now
+        sizes = [(n.size, n.hits > 0) for n in nodes.values()]
+        share = sum(size for size, hit in sizes if hit) / sum(size for size, _ in sizes)
+        hit = node.hits > 0
+        mine: Any = {
+            "lru": (node.tick,),
+            "fifo": (node.birth,),
+            "lfu": (node.hits, node.tick),
+            "slru": (not hit if live and share > 0.8 else hit, node.tick),
+            "priority": (0, node.expires, node.tick) if live and expired else (1, node.priority, node.tick),
+        }
+        return node.epoch, *mine[policy], node.id
+
+    while (lacking := max(need - n for need, n in zip(needs, freed, strict=True))) > 0:
+        leaves = [n for n in nodes.values() if n.id not in stay | {n.parent for n in nodes.values()}]
+        if not leaves:
+            break
+        leaf = min(leaves, key=worth)
+        first = max(leaf.end - lacking, leaf.youngest if policy == "fifo" else leaf.start)
+        tail = list(zip(leaf.run.table[first : leaf.end], leaf.run.where[first : leaf.end], strict=True))
+        pages = 0
+        for ids, where in reversed(tail):
+            if where >= _index.IN_FLIGHT or any(
+                p >= 0 and used[p] for p, used in zip(ids, in_use, strict=True)
+            ):
+                break
+            pages += 1
+            freed = [n + (where == prefix.Tier.DEVICE and p >= 0) for n, p in zip(freed, ids, strict=True)]
+        if pages == 0:
+            stay.add(leaf.id)
+            continue
+        cuts.append((leaf.id, leaf.end, pages))
+        if pages == leaf.size:
+            del nodes[leaf.id]
+        else:
+            nodes[leaf.id] = leaf.ending(leaf.end - pages)
+    return cuts, nodes
+
+
+def assert_evicts_one_by_one(cache, index, needs, policy) -> None:
+    in_use = [np.asarray(group.ref_counts) > 1 for group in cache.groups]
+    cuts, nodes = evicted_one_by_one(index, needs, in_use, policy)
+    maps = (index.nodes, index.edges, index.pins, *(order for _, order in index.orders))
+    before = [list(_tree.items(tree)) for tree in maps]
+    _, after, _, gone = _host._evict(cache, index, needs, policy, None)
+    assert [(node.id, node.end, pages) for node, pages in gone] == cuts
+    assert [list(_tree.items(tree)) for tree in maps] == before  # a value
+    children = [node.parent for node in nodes.values()]
+    nodes = {n: node._replace(num_children=children.count(n)) for n, node in nodes.items()}
+    assert list(_tree.items(after.nodes)) == sorted(nodes.items())
+    edges = {(n.parent, n.salt, _index.page_tokens(n, 0, index.page_size)): n.id for n in nodes.values()}
+    assert list(_tree.items(after.edges)) == sorted(edges.items())
+    leaves = [n for n in nodes.values() if n.num_children == 0 and _tree.get(index.pins, n.id) is None]
+    assert set(dict(after.orders)) >= set(_policy.orders(policy))
+    for name, order in after.orders:
+        assert list(_tree.items(order)) == sorted((_policy.ORDERS[name](n), n.id) for n in leaves)
+    for tree in (after.nodes, after.edges, *(order for _, order in after.orders)):
+        assert_well_formed(tree)
+    assert (
+        after.num_entries
+        == sum(n.size for n in nodes.values())
+        == index.num_entries - sum(c[2] for c in cuts)
+    )
+    assert after.num_protected == sum(n.size for n in nodes.values() if n.hits)
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "slru", "priority"])
+def test_many_go_as_one_by_one(policy):
+    """Chains and bushes of nodes, of which parents become leaves; enough of them for maps of some height."""
+    rng = np.random.default_rng(0)
+    w = world(page_size=2, num_pages=256, max_pages_per_seq=8)
+    prompts = [rng.integers(0, 2, 2 * rng.integers(1, 6)).tolist() for _ in range(40)]
+    prompts += [[n, n, *rng.integers(0, 3, 4)] for n in range(2, 40)]
+    for n, tokens in enumerate(prompts):
+        if n == 20:
+            w.index = prefix.new_epoch(w.index)
+        ttl = None if n % 3 else float(rng.integers(1, 60))
+        for _ in range(1 + n % 2):
+            w.serve(n % 3, tokens, priority=int(rng.integers(3)), ttl=ttl, now=float(n))
+    w.admit(3, prompts[-1])
+    w.index, _ = prefix.pin(w.index, prompts[-2])
+    for other in ("lru", "priority"):
+        w.evict(0, policy=other)
+    for count in (1, 3, w.index.num_entries // 2, 1000):
+        assert_evicts_one_by_one(w.cache, w.index, [count], policy)
+
+
 @dataclasses.dataclass
 class Entry:
     """One stored page of the model; its key is (epoch, extra key, all tokens up to its end)."""
@@ -1367,7 +1575,6 @@ class Sharing(RuleBasedStateMachine):
         self.world, self.model = World(config), Model()
         self.exact = config is not WITH_WINDOW
         self.handles: list[tuple[Any, prefix.Pin]] = []
-        self.epoch_of: dict[int, int] = {}
         self.snapshots: list[tuple[prefix.Index, list[tuple[Any, Any, int]]]] = []
 
     def in_use(self) -> set[int]:
@@ -1376,6 +1583,8 @@ class Sharing(RuleBasedStateMachine):
     def compare(self):
         """Every step ends here."""
         self.world.check()
+        begun = [0 if context is None else 1 + context[0] for context in self.world.context]
+        assert np.asarray(self.world.cache.epochs).tolist() == begun
         if not self.exact:
             return
         held = np.flatnonzero(prefix.held(self.world.index)[0]).tolist()
@@ -1411,7 +1620,6 @@ class Sharing(RuleBasedStateMachine):
         model = self.model
         wanted = min(model.longest(key, tokens), max(len(tokens) - 1, 0))
         found = self.world.admit(row, tokens, key=key)
-        self.epoch_of[row] = model.epoch
         model.tick += 1
         if self.exact:
             assert found == wanted
@@ -1432,7 +1640,8 @@ class Sharing(RuleBasedStateMachine):
         key, pages = world.keys[row], world.lens()[row] // S
         tables = world.tables()[row].tolist()
         world.publish(row, priority=priority, ttl=ttl, now=model.now)
-        if self.epoch_of.get(row, 0) == model.epoch and pages:
+        begun = 0 if world.context[row] is None else world.context[row][0]
+        if begun == model.epoch and pages:
             model.tick += 1
             expires = math.inf if ttl is None else model.now + ttl
             known = {e.page for e in model.entries.values()}
@@ -1471,16 +1680,19 @@ class Sharing(RuleBasedStateMachine):
     def fork(self, parent, child):
         world = self.world
         world.cache, ok = paxcache.fork(world.cache, jnp.array([parent]), jnp.array([child]))
-        if bool(ok[0]) and parent != child and world.lens()[parent] > 0:
-            world.tokens[child] = list(world.tokens[parent])
-            world.keys[child], world.context[child] = world.keys[parent], world.context[parent]
-            # The index knows rows by what was admitted to them; a fork is admitted by its program.
-            if self.epoch_of.get(child, 0) != self.epoch_of.get(parent, 0):
-                world.release(child)
+        if bool(ok[0]):
+            world.becomes(child, parent)
         self.compare()
 
-    @rule(count=st.sampled_from([0, 1, 1, 2, 3, 4]), policy=policies)
-    def evict(self, count, policy):
+    @rule(parents=st.lists(st.integers(-1, 2), min_size=3, max_size=3))
+    def reorder(self, parents):
+        self.world.reorder(parents)
+        self.compare()
+
+    @rule(count=st.sampled_from([0, 1, 1, 2, 3, 4]), policy=policies, more=st.integers(0, 10))
+    def evict(self, count, policy, more):
+        needs = [more + g for g in range(len(self.world.config.layer_groups))]
+        assert_evicts_one_by_one(self.world.cache, self.world.index, needs, policy)
         times, size = (count, 1) if policy == "slru" else (1, count)
         for _ in range(times):
             wanted = self.model.evict(size, policy, self.in_use())

@@ -260,6 +260,15 @@ def test_lengths_out_of_range_are_harmless(lens):
     paxcache.check(cache, held=tuple(map(np.asarray, device.held(cache, index))))
 
 
+def test_a_row_that_is_admitted_here_has_no_epoch():
+    """Of what weights the pages are that it was given, nobody knows."""
+    config, (tokens, lens) = CONFIGS[0], padded([[1, 2, 3]])
+    cache, _, _ = prefix.admit(paxcache.init(config), prefix.init(config), 0, [])
+    assert np.asarray(cache.epochs).tolist() == [1, 0, 0]
+    cache, _, reused = device.admit(cache, device.init(config), jnp.array([0]), tokens, lens)
+    assert reused.tolist() == [0] and np.asarray(cache.epochs).tolist() == [0, 0, 0]
+
+
 def test_prompts_shorter_than_a_page():
     _, index, lost, tokens, lens = published(CONFIGS[0], [[1], [2]])
     assert int(index.num_entries) == 0 and int(lost) == 0

@@ -46,10 +46,10 @@ def _check(cache: PagedKVCache, index: Index, tier: HostTier) -> None:
 
 def _pages_of(node: Node, pages: Iterable[int]) -> Iterable[Item]:
     """Those of a run's pages, given by their places in it, that lie on the device."""
-    run, size = node.run, _keys.KEY_BYTES
+    run, table, size = node.run, node.run.table, _keys.KEY_BYTES
     for page in pages:
         if run.where[page] == Tier.DEVICE:
-            yield run.keys[page * size : (page + 1) * size], run.ids[page]
+            yield run.keys[page * size : (page + 1) * size], table[page]
 
 
 # Write policies.

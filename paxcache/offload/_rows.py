@@ -39,11 +39,13 @@ class Host:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ticket:
-    """Preempted rows: their lengths, tables and pages. Made by `preempt`, good for one `resume` or `discard`."""
+    """Preempted rows and their pages. Made by `preempt`, good for one `resume` or `discard`."""
 
     ok: Bool[Array, ""]
     """Whether the rows were preempted; if not, the ticket is empty and nothing has changed."""
     seq_lens: Int32[Array, "N"]
+    epochs: Int32[Array, "N"]
+    """As in the cache: a row goes on as begun under the weights it was begun under."""
     block_tables: tuple[Int32[Array, "N M"], ...]
     """Per group, the tables with entries of the extent for pages; holes stay NO_PAGE."""
     extent: Extent
@@ -216,7 +218,7 @@ def _preempt(cache, host, rows, bounds):
         groups.append(dataclasses.replace(group, block_tables=left, ref_counts=references))
 
     at = jnp.clip(rows, 0, B - 1)
-    lens = jnp.where(ok & (rows >= 0), cache.seq_lens[at], 0)
+    lens, epochs = (jnp.where(ok & (rows >= 0), x[at], 0) for x in (cache.seq_lens, cache.epochs))
     holds = (counts > 0).any()
     C = host.serials.shape[0]
     free = _allocator.listed(host.serials == NO_PAGE, 1)[0]  # there is one wherever there is capacity
@@ -228,8 +230,9 @@ def _preempt(cache, host, rows, bounds):
         serials=host.serials.at[jnp.where(holds, free, C)].set(serial, mode="drop"),
         next_serial=host.next_serial + holds.astype(jnp.int32),
     )
-    ticket = Ticket(ok, lens, tuple(tables), Extent((), tuple(held)), entry, serial)
-    return PagedKVCache(jnp.where(gone, 0, cache.seq_lens), tuple(groups)), account, ticket, tuple(ids)
+    ticket = Ticket(ok, lens, epochs, tuple(tables), Extent((), tuple(held)), entry, serial)
+    lens, epochs = (jnp.where(gone, 0, x) for x in (cache.seq_lens, cache.epochs))
+    return PagedKVCache(lens, tuple(groups), epochs), account, ticket, tuple(ids)
 
 
 def _give_up(host: Host, ticket: Ticket, ok: Bool[Array, ""]) -> tuple[Host, Bool[Array, ""]]:
@@ -322,7 +325,8 @@ def _resume(cache, host, ticket, rows):
             )
         )
     lens = cache.seq_lens.at[to].set(ticket.seq_lens, mode="drop")
-    return PagedKVCache(lens, tuple(groups)), host, targets, ok
+    epochs = cache.epochs.at[to].set(ticket.epochs, mode="drop")
+    return PagedKVCache(lens, tuple(groups), epochs), host, targets, ok
 
 
 def discard(host: Host, ticket: Ticket) -> tuple[Host, Bool[Array, ""]]:

@@ -75,6 +75,9 @@ _KNOWN: dict[str, type] = {
 }
 """What a description may name: classes of values, built from their fields."""
 
+_CHANGED: dict[str, set[str]] = {"PagedKVCache": {"epochs"}, "Ticket": {"epochs"}, "Index": {"row_epochs"}}
+"""Fields that are there in one version and not in another: before rows had epochs, the index had them."""
+
 
 def _known(name: str) -> type:
     if name not in _KNOWN:
@@ -275,14 +278,20 @@ class _Reader:
 
     def _build_known(self, name: str, parts: list[Any], target: Any, path: str, grow: int | None) -> Any:
         cls = _known(name)
-        fields = _fields(cls)
-        targets = _children(target, cls, path, fields)
+        fields, saved = _fields(cls), self.described["types"][name]
+        targets = dict(zip(fields, _children(target, cls, path, fields), strict=True))
         if cls is _index.Index:
-            targets = [None] * len(fields)
+            targets = {}
         values = {}
-        for field, part, t in zip(fields, parts, targets, strict=True):
-            axis = _POOL_AXES.get(field) if cls is _types.GroupCache else grow
-            values[field] = self.build(part, t, f"{path}.{field}", axis)
+        for field, part in zip(saved, parts, strict=True):
+            if field in fields:
+                axis = _POOL_AXES.get(field) if cls is _types.GroupCache else grow
+                values[field] = self.build(part, targets.get(field), f"{path}.{field}", axis)
+        if "epochs" in fields and "epochs" not in saved:  # as if no row had been admitted
+            lens = values["seq_lens"]
+            values["epochs"] = lens if self.arrays is None else jnp.zeros_like(lens)
+        if cls is _index.Run:  # which had arrays
+            values |= {f: bytes(values[f]) for f in ("ids", "where")}
         if cls is _index.Index:
             log = None
             for event in reversed(values["log"]):
@@ -297,7 +306,7 @@ class _Reader:
                         f"got {getattr(target, field.name)!r}"
                     )
         if cls is _quantize.QuantizedPages and grow is not None and self.arrays is not None:
-            _, _, _, dims, _ = parts[fields.index("scales")]
+            _, _, _, dims, _ = parts[saved.index("scales")]
             scales = values["scales"]  # where a whole layer has one scale, each of its pages holds it
             values["scales"] = scales.at[:, dims[grow] :].set(scales[:, :1])
         return cls(**values)
@@ -390,8 +399,8 @@ def _grown(index: _index.Index, target: _index.Index, path: str) -> _index.Index
 
 
 def _place(memory_kind: str) -> jax.sharding.Sharding:
-    """The first device, in memory of the kind that an array was saved from, if it has it."""
-    default = jax.devices()[0]
+    """The default device, in memory of the kind that an array was saved from, if it has it."""
+    default = _checks.default_device()
     kinds = [memory.kind for memory in default.addressable_memories()]
     return jax.sharding.SingleDeviceSharding(
         default, memory_kind=memory_kind if memory_kind in kinds else None
@@ -588,8 +597,8 @@ def _check_described(path: str | os.PathLike[str], described: Any) -> None:
             raise ValueError(f"path: expected {name} {value!r}, got {found!r}, {os.fspath(path)!r}")
     _check_sum(path, "the description", _text_checksum(described), described.get("checksum"))
     for name, fields in described["types"].items():
-        if name not in _KNOWN or _fields(_KNOWN[name]) != fields:
+        expected = _fields(_KNOWN[name]) if name in _KNOWN else None
+        if expected is None or not set(expected) ^ set(fields) <= _CHANGED.get(name, set()):
             raise ValueError(
-                f"path: written by another version of paxcache: expected the fields "
-                f"{_fields(_KNOWN[name]) if name in _KNOWN else None} of {name}, got {fields}"
+                f"path: written by another version of paxcache: expected the fields {expected} of {name}, got {fields}"
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from jax.core import Tracer
 
 from paxcache import _checks
-from paxcache._types import NO_PAGE, CacheConfig, PagedKVCache
+from paxcache._types import INT32_MAX, NO_PAGE, CacheConfig, PagedKVCache
 from paxcache.prefix import _index, _integers, _keys, _policy, _tree
 from paxcache.prefix._index import Draft, Event, Index, Node, Path, Place, Run, Tier
 
@@ -33,14 +34,14 @@ def init(config: CacheConfig, *, epoch: int = 0, events: bool = False) -> Index:
 
     Args:
       config: the cache's.
-      epoch: the weights' version, see `new_epoch`.
+      epoch: the weights' version, at least 0 and below 2**31 - 1, see `new_epoch`.
       events: keep a log for `take_events`. It grows until it is taken.
 
     Returns:
       An `Index`.
 
     Raises:
-      TypeError: an argument is of another type.
+      ValueError, TypeError: an argument is out of its range or of another type.
 
     Example:
       >>> import jax.numpy as jnp, paxcache
@@ -59,7 +60,7 @@ def init(config: CacheConfig, *, epoch: int = 0, events: bool = False) -> Index:
     if not isinstance(config, CacheConfig):
         raise TypeError(f"config: expected a CacheConfig, got {config!r}")
     groups = config.layer_groups
-    epoch = _checks.static_int("epoch", epoch, minimum=0)
+    epoch = _check_epoch(epoch, minimum=0)
     return Index(
         page_size=config.page_size,
         max_pages=config.max_pages_per_seq,
@@ -77,11 +78,17 @@ def init(config: CacheConfig, *, epoch: int = 0, events: bool = False) -> Index:
         edges=None,
         orders=(),
         pins=None,
-        row_epochs=None,
         held=tuple(np.zeros(config.group_num_pages(g), bool) for g in groups),
         recording=bool(events),
         log=None,
     )
+
+
+def _check_epoch(epoch: int, *, minimum: int) -> int:
+    epoch = _checks.static_int("epoch", epoch, minimum=minimum)
+    if epoch >= INT32_MAX:
+        raise ValueError(f"epoch: must be below {INT32_MAX} (caches keep 1 more as int32), got {epoch}")
+    return epoch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,12 +186,11 @@ def _match(index: Index | Draft, prompt: Prompt, *, limit: int, partial: bool, d
 
 def _places(index: Index | Draft, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Ids of a path's pages, and where they are as in a `Run`."""
-    if not path:
-        return np.empty((0, len(index.windows)), np.int32), np.empty(0, np.uint8)
-    return (
-        np.concatenate([n.run.ids[n.start : n.start + count] for n, count in path]),
-        np.concatenate([n.run.where[n.start : n.start + count] for n, count in path]),
-    )
+    G = len(index.windows)
+    size = G * _index.ID.itemsize
+    ids = b"".join([n.run.ids[n.start * size : (n.start + count) * size] for n, count in path])
+    where = b"".join([n.run.where[n.start : n.start + count] for n, count in path])
+    return np.frombuffer(ids, _index.ID).reshape(-1, G), np.frombuffer(where, np.uint8)
 
 
 def _within_windows(index: Index | Draft, ids: np.ndarray, num_tokens: int) -> int:
@@ -216,7 +222,7 @@ def admit(
     """Starts a prompt in an idle row: the row maps the pages of the longest stored prefix and has its length.
 
     At least one token is left to compute. Where the prefix ends inside a page, the page is shared as it is, and the
-    next `extend` gives the row a copy.
+    next `extend` gives the row a copy. Until it is released the row carries the index's epoch, see `new_epoch`.
 
     Args:
       cache: the cache.
@@ -275,7 +281,7 @@ def admit_rows(
     reused = np.full(len(rows), -1)
     if not rows:
         return cache, index, reused
-    lens, tables = _integers.read_rows(cache, rows)
+    lens, _, tables = _integers.read_rows(cache, rows)
     idle = (lens == 0) & (tables == NO_PAGE).all(axis=(1, 2))
     new_tables = np.full_like(tables, NO_PAGE)
     for n in np.flatnonzero(idle):
@@ -284,15 +290,16 @@ def admit_rows(
         )
         draft.tick += 1
         draft.touch(found._path, reused=True)
-        draft.row_epochs = _tree.put(draft.row_epochs, rows[n], draft.epoch)
         draft.count(tokens_asked=made[n].num_tokens, tokens_reused=found.num_tokens)
         new_tables[n, :, : len(found.ids)] = found.ids.T
         reused[n] = found.num_tokens
-    used = np.flatnonzero(reused > 0)
-    if used.size:
-        cache = _integers.write_rows(
-            cache, [rows[n] for n in used], reused[used], new_tables[used], [()] * len(cache.groups)
-        )
+    begun, epoch = np.flatnonzero(idle), draft.epoch + 1
+    ids = [rows[n] for n in begun]
+    if (reused > 0).any():
+        epochs, nothing = np.full(len(ids), epoch), [()] * len(cache.groups)
+        cache = _integers.write_rows(cache, ids, reused[begun], epochs, new_tables[begun], nothing)
+    elif ids:
+        cache = _integers.write_epochs(cache, ids, epoch)
     return cache, draft.done(), reused
 
 
@@ -379,19 +386,18 @@ def publish_rows(
     made = [_prompt(draft, p, key) for p, key in zip(prompts, extra_keys, strict=True)]
     if not rows:
         return cache, index
-    lens, tables = _integers.read_rows(cache, rows)
+    lens, epochs, tables = _integers.read_rows(cache, rows)
     new_tables = tables.copy()
     taken: list[list[int]] = [[] for _ in cache.groups]
-    for n, row in enumerate(rows):
-        begun = _tree.get(draft.row_epochs, row)
-        if (draft.first_epoch if begun is None else begun) == draft.epoch:
+    for n in range(len(rows)):
+        if (epochs[n] - 1 if epochs[n] else draft.first_epoch) == draft.epoch:
             usable = min(made[n].num_tokens, int(lens[n])) // draft.page_size * draft.page_size
             short = made[n]._replace(num_tokens=usable)
             _publish(draft, short, new_tables[n].T, taken, worth, extra_keys[n])
     changed = np.flatnonzero((new_tables != tables).any(axis=(1, 2)))
     if changed.size:
         ids = [rows[n] for n in changed]
-        cache = _integers.write_rows(cache, ids, lens[changed], new_tables[changed], taken)
+        cache = _integers.write_rows(cache, ids, lens[changed], epochs[changed], new_tables[changed], taken)
     else:
         cache = _integers.add_references(cache, taken, 1)
     return cache, draft.done()
@@ -421,7 +427,7 @@ def _publish(
     for node in draft.touch(found.path, **worth):
         above = _fold(draft, node, table[at : at + node.size], taken)
         at += node.size
-    new = np.ascontiguousarray(table[at : prompt.num_pages])
+    new = table[at : prompt.num_pages]
     bad = _held_pages(draft, new).any(axis=1)
     for g, window in enumerate(draft.windows):
         if window is None:
@@ -437,7 +443,7 @@ def _publish(
     data = prompt.tokens[at * width : (at + len(new)) * width]
     extras = {page - at: e for page, e in prompt.extras.items() if at <= page < prompt.num_pages}
     extras = extras or _index.NO_EXTRAS
-    run = Run(data, keys, extras, new, np.full(len(new), Tier.DEVICE, np.uint8))
+    run = Run(data, keys, extras, new.astype(_index.ID).tobytes(), _index.ON_DEVICE * len(new))
     if above is None or not draft.extend(above, run, **worth):
         draft.add(prompt, at, 0 if above is None else above.id, run, **worth)
     draft.hold(new, taken)
@@ -454,8 +460,8 @@ def _held_pages(draft: Draft, pages: np.ndarray) -> np.ndarray:
 
 def _fold(draft: Draft, node: Node, table: np.ndarray, taken: list[list[int]]) -> Node:
     """Puts a node's pages in place of a row's own, table [N, G]; takes those that a window had kept from the node."""
-    ids = node.run.ids[node.start : node.end]
-    ours = node.run.where[node.start : node.end, None] == Tier.DEVICE
+    ids, where = _places(draft, [(node, node.size)])
+    ours = where[:, None] == Tier.DEVICE
     differ = ours & (ids >= 0) & (table >= 0) & (ids != table)
     draft.count(pages_folded=int(differ.any(axis=1).sum()))
     lacks = ours & (ids < 0) & (table >= 0)
@@ -464,9 +470,9 @@ def _fold(draft: Draft, node: Node, table: np.ndarray, taken: list[list[int]]) -
         return node
     filled = np.where(lacks, table, NO_PAGE)
     draft.hold(filled, taken)
-    all_ids = node.run.ids.copy()
+    all_ids = node.run.table.copy()
     all_ids[node.start : node.end] = np.maximum(ids, filled)
-    return draft.replace(node, run=node.run._replace(ids=all_ids))
+    return draft.replace(node, run=node.run._replace(ids=all_ids.tobytes()))
 
 
 def evict(
@@ -573,37 +579,41 @@ def _evict(
     dropped: list[list[int]] = [[] for _ in needs]
     gone: list[tuple[Node, int]] = []
     if any(needs):
-        in_use = [counts > 1 for counts in _integers.read_counts(cache)]
-        busy = []
-        while (lacking := max(map(operator.sub, needs, map(len, dropped)))) > 0:
-            leaf = draft.victim(policy)
-            if leaf is None:
-                break
+        # As bytes, which answer quickly; the last one is for NO_PAGE.
+        in_use = [(counts > 1).tobytes() + b"\0" for counts in _integers.read_counts(cache)]
+        row = struct.Struct(f"<{len(needs)}i")  # of `Run.ids`
+        victims = draft.victims(policy)
+        leaf = next(victims)
+        while leaf and (lacking := max(map(operator.sub, needs, map(len, dropped)))) > 0:
             most = min(lacking, leaf.end - leaf.youngest) if _policy.by_age(policy) else lacking
-            pages = _unused_tail(leaf, in_use, most)
-            if pages == 0:  # in use: out of the orders for the rest of this call
-                draft.unlist_leaf(leaf)
-                busy.append(leaf)
-                continue
-            last = slice(leaf.end - pages, leaf.end)
-            draft.release(leaf.run.ids[last][leaf.run.where[last] == Tier.DEVICE], dropped)
-            draft.cut(leaf, pages)
-            gone.append((leaf, pages))
+            pages = _drop_tail(leaf, row, in_use, most, dropped)
+            if pages:
+                gone.append((leaf, pages))
+            leaf = victims.send(pages)
+        draft.cut(gone)
+        draft.let_go(dropped)
         draft.count_evicted(gone)
-        for leaf in busy:
-            draft.list_leaf(leaf)
         cache = _integers.add_references(cache, dropped, -1)
     return cache, draft.done(), min(len(d) for d in dropped), gone
 
 
-def _unused_tail(leaf: Node, in_use: list[np.ndarray], most: int) -> int:
-    """How many of a leaf's last pages nobody uses, of at most so many."""
-    last = slice(max(leaf.end - most, leaf.start), leaf.end)
-    ids, where = leaf.run.ids[last], leaf.run.where[last]
-    here, used = where == Tier.DEVICE, where >= _index.IN_FLIGHT
-    for g, counts in enumerate(in_use):
-        used |= here & (ids[:, g] >= 0) & counts[ids[:, g]]
-    return int(used[::-1].argmax()) if used.any() else len(used)
+def _drop_tail(
+    leaf: Node, row: struct.Struct, in_use: list[bytes], most: int, dropped: list[list[int]]
+) -> int:
+    """How many of a leaf's last pages nobody uses, of at most so many; adds those on the device to `dropped`."""
+    where, begin = leaf.run.where, max(leaf.end - most, leaf.start)
+    for page in range(leaf.end - 1, begin - 1, -1):
+        if where[page] == Tier.DEVICE:
+            own = row.unpack_from(leaf.run.ids, page * row.size)
+            for g, number in enumerate(own):
+                if in_use[g][number]:
+                    return leaf.end - 1 - page
+            for g, number in enumerate(own):
+                if number != NO_PAGE:
+                    dropped[g].append(number)
+        elif where[page] >= _index.IN_FLIGHT:
+            return leaf.end - 1 - page
+    return leaf.end - begin
 
 
 def reset(cache: PagedKVCache, index: Index) -> tuple[PagedKVCache, Index]:
@@ -644,19 +654,19 @@ def new_epoch(index: Index, epoch: int | None = None) -> Index:
     """Tells the index that the model's weights changed: no page stored before is ever matched again.
 
     They are evicted before all others, under every policy, and pins on them are gone. Rows that were admitted before
-    offer nothing any more; after the first change, rows that were never admitted offer nothing either. The index does
-    not see `fork` and `reorder`: do not publish rows that those made, after the change, from rows begun before it.
+    offer nothing any more, and neither do those that `fork` and `reorder` make from them: a cache keeps, with each row,
+    the epoch in which it was begun. After the first change, rows that were never admitted offer nothing either.
     Stable keys contain the epoch: processes that share storage must agree on it.
 
     Args:
       index: the index.
-      epoch: the new version, higher than the one before, such as the training step; None: the next.
+      epoch: the new version, higher than the one before and below 2**31 - 1, such as the training step; None: the next.
 
     Returns:
       The index.
 
     Raises:
-      ValueError, TypeError: the epoch is not higher, or no int.
+      ValueError, TypeError: the epoch is not higher, too high, or no int.
 
     Example:
       >>> import paxcache
@@ -668,7 +678,7 @@ def new_epoch(index: Index, epoch: int | None = None) -> Index:
     """
     draft = Draft(index)
     low = index.epoch + 1
-    draft.epoch = low if epoch is None else _checks.static_int("epoch", epoch, minimum=low)
+    draft.epoch = _check_epoch(low if epoch is None else epoch, minimum=low)
     for node_id, _ in _tree.items(index.pins):
         draft.set_pin(node_id, 0)
     return draft.done()
@@ -721,12 +731,12 @@ def move(
             new = places[begin - first_page : end - first_page]
             pages = slice(node.start + begin - at, node.start + end - at)
             run = node.run
-            ids, where = run.ids.copy(), run.where.copy()
+            ids, where = run.table.copy(), np.frombuffer(run.where, np.uint8).copy()
             draft.release(_on_device(ids[pages], where[pages]), dropped)
             ids[pages] = [place.id for place in new]
             where[pages] = [place.tier + _index.IN_FLIGHT * place.in_flight for place in new]
             draft.hold(_on_device(ids[pages], where[pages]), taken)
-            draft.replace(node, run=run._replace(ids=ids, where=where))
+            draft.replace(node, run=run._replace(ids=ids.tobytes(), where=where.tobytes()))
         at += count
     cache = _integers.add_references(cache, taken, 1)
     return _integers.add_references(cache, dropped, -1), draft.done()

@@ -11,6 +11,7 @@ Every page that an entry holds on the device is one reference; a page has one en
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
 import math
@@ -22,7 +23,9 @@ from paxcache._types import NO_PAGE
 from paxcache.prefix import _keys, _policy, _tree
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Int32, UInt8
+    from collections.abc import Generator, Mapping, Sequence
+
+    from jaxtyping import Bool, Int32
 
     from paxcache.prefix._keys import ExtraKey, Prompt, Salt
     from paxcache.prefix._tree import Tree
@@ -109,16 +112,31 @@ NO_EXTRAS: dict[int, bytes] = {}
 """What most runs have, so that they share one. Never changed."""
 
 
+ID = np.dtype("<i4")
+"""Page numbers as they are stored."""
+ON_DEVICE = bytes([Tier.DEVICE])
+"""`Run.where` of a page that lies there."""
+
+
 class Run(NamedTuple):
-    """What is stored of consecutive pages. Never changed; kept as long as any node shows a part of it."""
+    """What is stored of consecutive pages, which is kept as long as any node shows a part of it.
+
+    In bytes, since an array of a single page would take three times the room.
+    """
 
     tokens: bytes
     keys: bytes
     extras: dict[int, bytes]
     """By page of the run, its multimodal inputs, encoded."""
-    ids: Int32[np.ndarray, "N G"]
-    where: UInt8[np.ndarray, "N"]
-    """Tier, plus IN_FLIGHT."""
+    ids: bytes
+    """Of each page, its number in each group, as `ID`."""
+    where: bytes
+    """Of each page, its tier, plus IN_FLIGHT."""
+
+    @property
+    def table(self) -> Int32[np.ndarray, "N G"]:
+        """The numbers; read-only."""
+        return np.frombuffer(self.ids, ID).reshape(len(self.where), -1)
 
 
 class Node(NamedTuple):
@@ -197,8 +215,6 @@ class Index:
     """By policy, the leaves that may be evicted; only for policies that were asked for, see `_policy`."""
     pins: Tree
     """By node, how often it is pinned. Its ancestors stay because it does."""
-    row_epochs: Tree
-    """By row, the epoch in which it was last admitted."""
     held: tuple[Bool[np.ndarray, "P"], ...]
     """By group, whether an entry holds a page. Never changed."""
     recording: bool
@@ -228,15 +244,24 @@ class Found(NamedTuple):
 def walk(index: Index | Draft, prompt: Prompt, *, partial: bool = False) -> Found:
     """Follows a prompt down the tree. With `partial`, to a page that agrees in its first tokens alone."""
     path: Path = []
-    at, parent, inside = 0, 0, False
-    while at < prompt.num_pages and not inside:
-        child = _tree.get(index.edges, (parent, prompt.salt(at), prompt.page(at)))
+    tokens, num_pages, width = prompt.tokens, prompt.num_pages, prompt.page_size * _keys.TOKEN.itemsize
+    at, parent, inside, salt = 0, 0, False, prompt.salt(0)
+    while at < num_pages and not inside:
+        child = _tree.get(index.edges, (parent, salt, tokens[at * width : (at + 1) * width]))
         if child is None:
             break
         node = _tree.get(index.nodes, child)
-        count = _common_pages(prompt, at, node)
+        run, start, end = node.run, node.start, node.end
+        count = size = end - start
+        # Mostly the whole node agrees, and a prompt may meet hundreds.
+        whole = at + size <= num_pages and tokens.startswith(
+            run.tokens[start * width : end * width], at * width
+        )
+        if not whole or run.extras or prompt.extras:
+            count = _common_pages(prompt, at, node)
         path.append((node, count))
-        at, parent, inside = at + count, child, count < node.size
+        at, parent, inside = at + count, child, count < size
+        salt = prompt.extras.get(at, b"")
     if partial:
         node, count, more = _partial_page(index, prompt, at, path, parent, inside)
         if more:
@@ -331,7 +356,6 @@ class Draft:
     edges: Tree
     orders: tuple[tuple[str, Tree], ...]
     pins: Tree
-    row_epochs: Tree
     held: tuple[Bool[np.ndarray, "P"], ...]
     recording: bool
     log: Any
@@ -360,61 +384,82 @@ class Draft:
 
     def count_evicted(self, gone: list[tuple[Node, int]]) -> None:
         """Counts pages that were cut from nodes, and their ages."""
-        lifetimes, idle_times = list(self.counters.lifetimes), list(self.counters.idle_times)
+        created, used = collections.Counter(), collections.Counter()  # pages by time
         for node, pages in gone:
-            idle_times[_age(self.now - node.used_at)] += pages
-            stays, left = node.end - pages, node
-            while left.end > stays:
-                begin = max(left.youngest, stays)
-                lifetimes[_age(self.now - left.created_at)] += left.end - begin
-                left = left.ending(begin)
+            used[node.used_at] += pages
+            left, part = pages, node
+            while part.older is not None and left > part.end - part.youngest:
+                created[part.created_at] += part.end - part.youngest
+                left -= part.end - part.youngest
+                part = part.ending(part.youngest)
+            created[part.created_at] += left
+        counters = self.counters
         self.counters = dataclasses.replace(
-            self.counters,
-            pages_evicted=self.counters.pages_evicted + sum(pages for _, pages in gone),
-            lifetimes=tuple(lifetimes),
-            idle_times=tuple(idle_times),
+            counters,
+            pages_evicted=counters.pages_evicted + used.total(),
+            lifetimes=self._with_ages(counters.lifetimes, created),
+            idle_times=self._with_ages(counters.idle_times, used),
         )
+
+    def _with_ages(self, histogram: tuple[int, ...], pages_by_time: Mapping[float, int]) -> tuple[int, ...]:
+        counts = list(histogram)
+        for time, pages in pages_by_time.items():
+            counts[_age(self.now - time)] += pages
+        return tuple(counts)
 
     # Nodes.
 
     def _listed(self, node: Node) -> bool:
         return node.num_children == 0 and _tree.get(self.pins, node.id) is None
 
-    def list_leaf(self, node: Node) -> None:
-        """Puts a leaf into the orders of eviction."""
-        self.orders = tuple(
-            (name, _tree.put(t, _policy.ORDERS[name](node), node.id)) for name, t in self.orders
-        )
-
-    def unlist_leaf(self, node: Node) -> None:
-        """Takes a leaf out of the orders of eviction."""
-        self.orders = tuple((name, _tree.remove(t, _policy.ORDERS[name](node))) for name, t in self.orders)
-
     def add_order(self, name: str) -> None:
         """Starts to keep an order: once O(n log n), from then on O(log n) a change."""
         if name not in dict(self.orders):
-            order = None
-            for _, node in _tree.items(self.nodes):
-                if self._listed(node):
-                    order = _tree.put(order, _policy.ORDERS[name](node), node.id)
-            self.orders = (*self.orders, (name, order))
+            key = _policy.ORDERS[name]
+            leaves = {key(n): n.id for _, n in _tree.items(self.nodes) if self._listed(n)}
+            self.orders = (*self.orders, (name, _tree.update(None, leaves)))
+
+    def change(
+        self,
+        replaced: Sequence[tuple[Node, Node]] = (),
+        *,
+        added: Sequence[Node] = (),
+        removed: Sequence[Node] = (),
+    ) -> None:
+        """Replaces nodes by their new form, adds some and removes some, in one pass a map.
+
+        The orders change only where one of them would sort a leaf elsewhere.
+        """
+        before = [*removed, *(old for old, _ in replaced)]
+        after = [*added, *(new for _, new in replaced)]
+        nodes: dict[int, Node | None] = dict.fromkeys(node.id for node in removed)
+        nodes.update((node.id, node) for node in after)
+        self.nodes = _tree.update(self.nodes, nodes)
+        edges: dict[Any, int | None] = dict.fromkeys(map(self.edge_of, removed))
+        # Where a node hangs below another one than before, that one has taken its place.
+        hung = [*added, *(new for old, new in replaced if old.parent != new.parent)]
+        edges.update((self.edge_of(node), node.id) for node in hung)
+        self.edges = _tree.update(self.edges, edges)
+        self.num_protected += sum(n.size for n in after if n.hits) - sum(n.size for n in before if n.hits)
+        leaves_before, leaves_after = ([n for n in some if self._listed(n)] for some in (before, after))
+        orders = []
+        for name, order in self.orders:
+            key = _policy.ORDERS[name]
+            moves: dict[tuple, int | None] = dict.fromkeys(map(key, leaves_before))
+            for leaf in leaves_after:
+                to = key(leaf)
+                if to in moves:  # where it is already
+                    del moves[to]
+                else:
+                    moves[to] = leaf.id
+            orders.append((name, _tree.update(order, moves)))
+        self.orders = tuple(orders)
 
     def replace(self, old: Node, **changes: Any) -> Node:
         """Stores a node with other fields."""
-        return self._store(old, old._replace(**changes))
-
-    def _store(self, old: Node, node: Node) -> Node:
-        """Stores a node's new form. The orders change only where one of them would sort it elsewhere."""
-        self.nodes = _tree.put(self.nodes, node.id, node)
-        self.num_protected += (node.hits > 0) * node.size - (old.hits > 0) * old.size
-        was, now = self._listed(old), self._listed(node)
-        keys = [_policy.ORDERS[name] for name, _ in self.orders]
-        if was != now or any(key(old) != key(node) for key in keys):
-            if was:
-                self.unlist_leaf(old)
-            if now:
-                self.list_leaf(node)
-        return node
+        new = old._replace(**changes)
+        self.change([(old, new)])
+        return new
 
     def edge_of(self, node: Node) -> tuple[int, bytes, bytes]:
         """Where a node hangs."""
@@ -427,28 +472,26 @@ class Draft:
         upper = node.ending(at)._replace(id=self.next_id, num_children=1)
         lower = node._replace(start=at, parent=upper.id, salt=node.run.extras.get(at, b""))
         self.next_id += 1
-        self.nodes = _tree.put(_tree.put(self.nodes, upper.id, upper), lower.id, lower)
-        self.edges = _tree.put(self.edges, self.edge_of(upper), upper.id)
-        self.edges = _tree.put(self.edges, self.edge_of(lower), lower.id)
-        return upper  # no order names a node's size or place: the leaf stays listed as it is
+        self.change([(node, lower)], added=[upper])
+        return upper
 
     def touch(
         self, path: Path, *, reused: bool = False, priority: int = 0, expires: float = 0.0
     ) -> list[Node]:
         """Marks the pages of a path as used, splitting its last node behind them. Returns its nodes as they are now."""
-        nodes = []
-        for found, pages in path:
-            node = self.split(found, pages) if pages < found.size else self.node(found.id)
-            new = self.replace(
-                node,
+        nodes = [self.split(node, pages) if pages < node.size else node for node, pages in path]
+        touched = [
+            node._replace(
                 tick=self.tick,
                 used_at=self.now,
                 hits=node.hits + reused,
                 priority=max(node.priority, priority),
                 expires=max(node.expires, expires),
             )
-            nodes.append(new)
-        return nodes
+            for node in nodes
+        ]
+        self.change(list(zip(nodes, touched, strict=True)))
+        return touched
 
     def add(self, prompt: Prompt, first_page: int, parent: int, run: Run, **fields: Any) -> None:
         """Hangs a new run below a node."""
@@ -458,7 +501,7 @@ class Draft:
             salt=prompt.salt(first_page),
             run=run,
             start=0,
-            end=len(run.ids),
+            end=len(run.where),
             num_children=0,
             epoch=self.epoch,
             birth=self.tick,
@@ -469,12 +512,9 @@ class Draft:
             **fields,
         )
         self.next_id += 1
-        self.edges = _tree.put(self.edges, self.edge_of(node), node.id)
-        if parent:
-            above = self.node(parent)
-            self.replace(above, num_children=above.num_children + 1)
-        self.nodes = _tree.put(self.nodes, node.id, node)
-        self.list_leaf(node)
+        above = self.node(parent) if parent else None
+        more = [] if above is None else [(above, above._replace(num_children=above.num_children + 1))]
+        self.change(more, added=[node])
         self._count_stored(node.size)
 
     def extend(self, node: Node, run: Run, *, priority: int, expires: float) -> bool:
@@ -482,66 +522,102 @@ class Draft:
         alike = node.hits == 0 and node.priority == priority and node.expires == expires
         if node.start or node.size >= MERGED_PAGES or not alike or not self._listed(node):
             return False
-        have, end = node.run, node.end
+        have, end, width = node.run, node.end, len(run.ids) // len(run.where)
         joined = Run(
             have.tokens[: end * self.page_size * _keys.TOKEN.itemsize] + run.tokens,
             have.keys[: end * _keys.KEY_BYTES] + run.keys,
             {page: e for page, e in have.extras.items() if page < end}
             | {end + page: e for page, e in run.extras.items()}
             or NO_EXTRAS,
-            np.concatenate([have.ids[:end], run.ids]),
-            np.concatenate([have.where[:end], run.where]),
+            have.ids[: end * width] + run.ids,
+            have.where[:end] + run.where,
         )
         self.replace(
             node,
             run=joined,
-            end=end + len(run.ids),
+            end=end + len(run.where),
             birth=self.tick,
             created_at=self.now,
             older=(end, node.birth, node.created_at, node.older),
         )
-        self._count_stored(len(run.ids))
+        self._count_stored(len(run.where))
         return True
 
     def _count_stored(self, pages: int) -> None:
         self.num_entries += pages
         self.count(pages_stored=pages)
 
-    def cut(self, node: Node, pages: int) -> None:
-        """Forgets the last pages of a listed leaf; with its last one the leaf itself."""
-        end, size = node.end, _keys.KEY_BYTES
-        self.num_entries -= pages
-        if self.recording:
-            self.record(Removed(_keys.split_keys(node.run.keys[(end - pages) * size : end * size])))
-        if pages < node.size:
-            self._store(node, node.ending(end - pages))
-            return
-        self.num_protected -= (node.hits > 0) * node.size
-        self.unlist_leaf(node)
-        self.nodes = _tree.remove(self.nodes, node.id)
-        self.edges = _tree.remove(self.edges, self.edge_of(node))
-        if node.parent:
-            above = self.node(node.parent)
-            self.replace(above, num_children=above.num_children - 1)
+    def victims(self, policy: str) -> Generator[Node | None, int, None]:
+        """The leaves in the order in which they go, then None. Changes nothing: `cut` does, for all at once.
+
+        Wants to be told by `send` how many last pages of each go; 0: it is passed over for good.
+        """
+        done: set[int] = set()
+        queues = _policy.queues(policy, dict(self.orders), epoch=self.epoch, done=done)
+        size, protected = self.num_entries, self.num_protected
+        shorter: dict[int, Node] = {}
+        num_children: dict[int, int] = {}
+
+        def choose() -> int | None:
+            crowded = protected / max(size, 1) > _policy.PROTECTED_SHARE
+            return _policy.victim(policy, queues, epoch=self.epoch, now=self.now, crowded=crowded)
+
+        while (node_id := choose()) is not None:
+            leaf = shorter.get(node_id) or self.node(node_id)
+            pages = yield leaf
+            size -= pages
+            protected -= pages if leaf.hits else 0
+            new_leaf = None
+            if 0 < pages < leaf.size:
+                new_leaf = shorter[node_id] = leaf.ending(leaf.end - pages)
+            else:
+                done.add(node_id)
+                if pages and leaf.parent:
+                    left = num_children.get(leaf.parent) or self.node(leaf.parent).num_children
+                    num_children[leaf.parent] = left - 1
+                    if left == 1 and _tree.get(self.pins, leaf.parent) is None:
+                        new_leaf = self.node(leaf.parent)
+            if new_leaf is not None:
+                for queue in queues:
+                    queue.put(new_leaf)
+        yield None
+
+    def cut(self, gone: Sequence[tuple[Node, int]]) -> None:
+        """Forgets last pages of leaves, as `victims` gave them and in that order; with its last page a leaf itself."""
+        removed: list[Node] = []
+        before: dict[int, Node] = {}
+        after: dict[int, Node] = {}
+        lost = collections.Counter()  # children
+        for node, pages in gone:
+            self.num_entries -= pages
+            if self.recording:
+                end, size = node.end, _keys.KEY_BYTES
+                self.record(Removed(_keys.split_keys(node.run.keys[(end - pages) * size : end * size])))
+            if pages < node.size:
+                before.setdefault(node.id, node)
+                after[node.id] = node.ending(node.end - pages)
+            else:
+                after.pop(node.id, None)
+                removed.append(before.pop(node.id, node))
+                lost[node.parent] += 1
+        for node_id in (0, *(node.id for node in removed)):
+            lost.pop(node_id, None)
+        for node_id, count in lost.items():
+            old = before.setdefault(node_id, self.node(node_id))
+            after[node_id] = after.get(node_id, old)._replace(num_children=old.num_children - count)
+        self.change([(old, after[node_id]) for node_id, old in before.items()], removed=removed)
 
     def set_pin(self, node_id: int, times: int) -> None:
         """Pins a node so many times; 0 unpins it."""
         node = self.node(node_id)
         was = self._listed(node)
         self.pins = _tree.put(self.pins, node_id, times) if times else _tree.remove(self.pins, node_id)
-        now = self._listed(node)
-        if was and not now:
-            self.unlist_leaf(node)
-        elif now and not was:
-            self.list_leaf(node)
-
-    def victim(self, policy: str) -> Node | None:
-        """The leaf that goes next."""
-        share = self.num_protected / max(self.num_entries, 1)
-        node_id = _policy.victim(
-            policy, dict(self.orders), epoch=self.epoch, now=self.now, protected_share=share
-        )
-        return None if node_id is None else self.node(node_id)
+        if was != self._listed(node):
+            value = None if was else node_id
+            self.orders = tuple(
+                (name, _tree.update(order, {_policy.ORDERS[name](node): value}))
+                for name, order in self.orders
+            )
 
     def clear(self) -> None:
         """Forgets every entry and pin."""
@@ -554,19 +630,29 @@ class Draft:
 
     def hold(self, ids: Int32[np.ndarray, "N G"], taken: list[list[int]]) -> None:
         """Notes pages as held, and adds them to the lists of references to take."""
-        self._set_held(ids, True, taken)
+        self._set_held(_by_group(ids, taken), True)
 
     def release(self, ids: Int32[np.ndarray, "N G"], dropped: list[list[int]]) -> None:
         """Notes pages as no longer held, and adds them to the lists of references to give back."""
-        self._set_held(ids, False, dropped)
+        self.let_go(_by_group(ids, dropped))
 
-    def _set_held(self, ids, value, lists) -> None:
+    def let_go(self, pages: Sequence[Sequence[int]]) -> None:
+        """Notes pages of each group as no longer held."""
+        self._set_held(pages, False)
+
+    def _set_held(self, pages, value) -> None:
         if not self._owns_held:
             self.held, self._owns_held = tuple(held.copy() for held in self.held), True
-        for g, held in enumerate(self.held):
-            pages = ids[ids[:, g] != NO_PAGE, g]
-            held[pages] = value
-            lists[g].extend(pages.tolist())
+        for held, mine in zip(self.held, pages, strict=True):
+            held[mine] = value
+
+
+def _by_group(ids: Int32[np.ndarray, "N G"], lists: list[list[int]]) -> list[list[int]]:
+    """The pages among some ids, group by group; adds them to lists as well."""
+    pages = [column[column != NO_PAGE].tolist() for column in ids.T]
+    for mine, more in zip(lists, pages, strict=True):
+        mine.extend(more)
+    return pages
 
 
 def _age(age: float) -> int:

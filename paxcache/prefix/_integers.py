@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from paxcache import _allocator, _checks
-from paxcache._cache import _integers_only
+from paxcache._cache import _integers_only, row_epochs
 from paxcache._types import NO_PAGE, PagedKVCache
 
 if TYPE_CHECKING:
@@ -28,16 +28,18 @@ if TYPE_CHECKING:
 
 def read_rows(
     cache: PagedKVCache, rows: Sequence[int]
-) -> tuple[Int32[np.ndarray, "N"], Int32[np.ndarray, "N G M"]]:
-    """Lengths and tables of some rows: one transfer to the host."""
-    wanted = _padded(rows, 0)
-    data = np.asarray(_read_rows(cache.seq_lens, [g.block_tables for g in cache.groups], wanted))[: len(rows)]
-    return data[:, 0], data[:, 1:].reshape(len(rows), len(cache.groups), -1)
+) -> tuple[Int32[np.ndarray, "N"], Int32[np.ndarray, "N"], Int32[np.ndarray, "N G M"]]:
+    """Lengths, epochs and tables of some rows: one transfer to the host."""
+    tables = [g.block_tables for g in cache.groups]
+    data = np.asarray(_read_rows(cache.seq_lens, row_epochs(cache), tables, _padded(rows, 0)))[: len(rows)]
+    return data[:, 0], data[:, 1], data[:, 2:].reshape(len(rows), len(tables), -1)
 
 
 @jax.jit
-def _read_rows(seq_lens, tables, rows):
-    return jnp.concatenate([seq_lens[rows][:, None], *(t[rows] for t in tables)], axis=1)
+def _read_rows(seq_lens, epochs, tables, rows):
+    return jnp.concatenate(
+        [jnp.stack([seq_lens[rows], epochs[rows]], axis=1), *(t[rows] for t in tables)], axis=1
+    )
 
 
 def read_counts(cache: PagedKVCache) -> list[Int32[np.ndarray, "P"]]:
@@ -49,25 +51,37 @@ def write_rows(
     cache: PagedKVCache,
     rows: Sequence[int],
     seq_lens: Int32[np.ndarray, "N"],
+    epochs: Int32[np.ndarray, "N"],
     tables: Int32[np.ndarray, "N G M"],
     taken: Sequence[Sequence[int]],
 ) -> PagedKVCache:
-    """Gives rows new tables and lengths, and adds a reference to each of the pages `taken` in each group."""
-    ids = _padded(rows, cache.max_seqs)
-    extra = len(ids) - len(rows)
-    lens = np.pad(np.asarray(seq_lens, np.int32), (0, extra))
-    tables = np.pad(np.asarray(tables, np.int32), ((0, extra), (0, 0), (0, 0)), constant_values=NO_PAGE)
-    return _integers_only(_write_rows, cache, ids, lens, tables, _padded_lists(taken))
+    """Gives rows new lengths, epochs and tables, and adds a reference to each of the pages `taken` in each group."""
+    ids = _padded(rows, cache.max_seqs)  # which stands for no row: what it is given is dropped
+    lens, epochs, tables = (_padded(x, 0) for x in (seq_lens, epochs, tables))
+    cache = dataclasses.replace(cache, epochs=row_epochs(cache))
+    return _integers_only(_write_rows, cache, ids, lens, epochs, tables, _padded_lists(taken))
 
 
 @jax.jit
-def _write_rows(cache, rows, seq_lens, tables, taken):
+def _write_rows(cache, rows, seq_lens, epochs, tables, taken):
     groups = []
     for g, (group, pages) in enumerate(zip(cache.groups, taken, strict=True)):
         new_tables, counts = set_rows(group.block_tables, group.ref_counts, rows, tables[:, g])
         counts = _allocator.add_references(counts, pages, 1)
         groups.append(dataclasses.replace(group, block_tables=new_tables, ref_counts=counts))
-    return (PagedKVCache(cache.seq_lens.at[rows].set(seq_lens, mode="drop"), tuple(groups)),)
+    seq_lens = cache.seq_lens.at[rows].set(seq_lens, mode="drop")
+    return (PagedKVCache(seq_lens, tuple(groups), cache.epochs.at[rows].set(epochs, mode="drop")),)
+
+
+def write_epochs(cache: PagedKVCache, rows: Sequence[int], epoch: int) -> PagedKVCache:
+    """`write_rows` for idle rows that get nothing but an epoch."""
+    epochs = _write_epochs(row_epochs(cache), _padded(rows, cache.max_seqs), np.int32(epoch))
+    return dataclasses.replace(cache, epochs=epochs)
+
+
+@jax.jit
+def _write_epochs(epochs, rows, epoch):
+    return epochs.at[rows].set(epoch, mode="drop")
 
 
 def set_rows(
@@ -98,15 +112,19 @@ def _add_references(cache, pages, amount):
     return (dataclasses.replace(cache, groups=groups),)
 
 
-def _padded(values: Sequence[int], fill: int) -> Int32[np.ndarray, "N"]:
-    size = 1 << max(len(values) - 1, 0).bit_length()
-    return np.pad(np.asarray(values, np.int32), (0, size - len(values)), constant_values=fill)
+def _padded(values: Any, fill: int, least: int = 0) -> Int32[np.ndarray, "N ..."]:
+    """Values followed by others, a power of two of them in all that is not below `least`."""
+    values = np.asarray(values, np.int32)  # and no np.pad, which takes longer than the program does
+    size = 1 << max(len(values) - 1, least - 1, 0).bit_length()
+    padded = np.full((size, *values.shape[1:]), fill, np.int32)
+    padded[: len(values)] = values
+    return padded
 
 
 def _padded_lists(lists: Sequence[Sequence[int]]) -> tuple[Int32[np.ndarray, "N"], ...]:
     """Lists of pages of one power of two of entries, padded with NO_PAGE."""
-    size = 1 << max(max(map(len, lists)) - 1, 0).bit_length()
-    return tuple(np.pad(np.asarray(x, np.int32), (0, size - len(x)), constant_values=NO_PAGE) for x in lists)
+    most = max(map(len, lists))
+    return tuple(_padded(x, NO_PAGE, most) for x in lists)
 
 
 def shortfall(

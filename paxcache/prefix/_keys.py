@@ -11,6 +11,7 @@ for events and storage. Lookups compare tokens and never use it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -122,8 +123,9 @@ class Prompt(NamedTuple):
 
     def salt(self, index: int) -> bytes:
         """What must agree besides the tokens of a page and everything before it."""
-        extra = self.extras.get(index, b"")
-        return self.namespace + extra if index == 0 else extra
+        if index == 0:
+            return self.namespace + self.extras.get(0, b"")
+        return self.extras.get(index, b"")
 
 
 def prompt(tokens: Int[np.ndarray, "N"] | Any, *, page_size: int, extra_key: Any, epoch: int) -> Prompt:
@@ -148,7 +150,13 @@ def prompt(tokens: Int[np.ndarray, "N"] | Any, *, page_size: int, extra_key: Any
             extras[page] = extras.get(page, b"") + encode(tuple(item))
             start = max(item.offset - page * page_size, 0)
             plain[page] = min(plain.get(page, page_size), start)
-    return Prompt(data.tobytes(), data.size, page_size, encode((epoch, key.salt)), extras, plain)
+    return Prompt(data.tobytes(), data.size, page_size, _one(encode((epoch, key.salt))), extras, plain)
+
+
+@functools.lru_cache(maxsize=1024)
+def _one(value: bytes) -> bytes:
+    """Mostly one object for equal values: it takes less room, and Python compares an object with itself quickly."""
+    return value
 
 
 def root_key(prompt: Prompt) -> bytes:

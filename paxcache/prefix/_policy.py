@@ -1,19 +1,20 @@
 """Which leaf goes next. Imports `_tree`; knows nodes by their fields alone.
 
-A policy is an order of the leaves, kept as a persistent map whose lowest key is the next victim, so that choosing,
-listing and unlisting one cost O(log n). Only leaves are listed: a node goes after its children, and no entry is ever
-cut off from its prompt's beginning. Orders begin with the epoch: entries of earlier weights cannot be matched, and go
-first under every policy.
+A policy is an order of the leaves, kept as a persistent map whose lowest key is the next victim. While many go, a
+`Queue` reads the map from its lowest key on and takes in the parents that become leaves: nothing is changed until all
+are known. Only leaves are listed: a node goes after its children, and no entry is ever cut off from its prompt's
+beginning. Orders begin with the epoch: entries of earlier weights cannot be matched, and go first under every policy.
 """
 
 from __future__ import annotations
 
+import heapq
 from typing import TYPE_CHECKING, Literal
 
 from paxcache.prefix import _tree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from paxcache.prefix._index import Node
     from paxcache.prefix._tree import Tree
@@ -57,20 +58,54 @@ def orders(policy: str) -> tuple[str, ...]:
     return POLICIES[policy]
 
 
-def victim(
-    policy: str, orders: Mapping[str, Tree], *, epoch: int, now: float, protected_share: float
-) -> int | None:
-    """Id of the leaf to evict next; None where no leaf is listed."""
-    lowest = _tree.first(orders[policy])
+class Queue:
+    """Leaves in an order, lowest first: those listed, from a key on, and those put in since. Skips those done with."""
+
+    def __init__(self, name: str, order: Tree, done: set[int], start: tuple = ()):
+        self._key, self._start, self._done = ORDERS[name], start, done
+        self._listed = _tree.items(order, start)
+        self._next = next(self._listed, None)
+        self._heap = [] if self._next is None else [self._next]  # with one of the listed at a time
+
+    def put(self, leaf: Node) -> None:
+        """Puts a leaf in."""
+        key = self._key(leaf)
+        if key >= self._start:
+            heapq.heappush(self._heap, (key, leaf.id))
+
+    def first(self) -> tuple[tuple, int] | None:
+        """The lowest key and its leaf's id."""
+        while self._heap and self._heap[0][1] in self._done:
+            if self._heap[0] is self._next:
+                self._next = next(self._listed, None)
+                if self._next is not None:
+                    heapq.heapreplace(self._heap, self._next)
+                    continue
+            heapq.heappop(self._heap)
+        return self._heap[0] if self._heap else None
+
+
+def queues(policy: str, orders: Mapping[str, Tree], *, epoch: int, done: set[int]) -> list[Queue]:
+    """What `victim` chooses from: all leaves in the policy's order, then those that may be more urgent in theirs.
+
+    Leaves whose ids are in `done` are skipped, from when they are.
+    """
+    made = [Queue(name, orders[name], done) for name in POLICIES[policy]]
+    if policy == "slru":
+        made.append(Queue(policy, orders[policy], done, (epoch, True)))
+    return made
+
+
+def victim(policy: str, queues: Sequence[Queue], *, epoch: int, now: float, crowded: bool) -> int | None:
+    """Id of the leaf to evict next; None where there is no leaf. `crowded`: more are protected than may be."""
+    lowest = queues[0].first()
     if lowest is None:
         return None
     key, node_id = lowest
-    if key[0] < epoch:
+    if len(queues) == 1 or key[0] < epoch:
         return node_id
-    if policy == "priority":
-        (expires, *_), soonest = _tree.first(orders["expiry"])  # type: ignore[misc]
-        return soonest if expires <= now else node_id
-    if policy == "slru" and protected_share > PROTECTED_SHARE:
-        _, oldest = _tree.neighbours(orders[policy], (epoch, True))
-        return oldest[1] if oldest else node_id
-    return node_id
+    urgent = queues[1].first()
+    if urgent is None:
+        return node_id
+    is_urgent = urgent[0][0] <= now if policy == "priority" else crowded
+    return urgent[1] if is_urgent else node_id

@@ -273,7 +273,11 @@ def _admit(cache, index, rows, tokens, lens, extra_keys):
         new = jnp.pad(new, ((0, 0), (0, M - new.shape[1])), constant_values=NO_PAGE)
         tables, counts = _integers.set_rows(group.block_tables, group.ref_counts, where, new)
         groups.append(dataclasses.replace(group, block_tables=tables, ref_counts=counts))
-    cache = PagedKVCache(cache.seq_lens.at[where].set(reused, mode="drop"), tuple(groups))
+    # This index has no epochs: to one that has, the row is one that was not admitted.
+    seq_lens, epochs = (
+        old.at[where].set(new, mode="drop") for old, new in ((cache.seq_lens, reused), (cache.epochs, 0))
+    )
+    cache = PagedKVCache(seq_lens, tuple(groups), epochs)
     turns = index.tick + 1 + jnp.arange(N, dtype=jnp.int32)
     index = _touch(index, entries, turns)
     return cache, dataclasses.replace(index, tick=index.tick + N), jnp.where(ok, reused, -1)
@@ -403,7 +407,7 @@ def _publish(cache, index, rows, tokens, lens, extra_keys):
         new_tables, counts = _integers.set_rows(group.block_tables, counts, jnp.where(ok, rows, B), new)
         groups.append(dataclasses.replace(group, block_tables=new_tables, ref_counts=counts))
     lost = num_dropped + wanted - kept.sum(dtype=jnp.int32)
-    return PagedKVCache(cache.seq_lens, tuple(groups)), index, lost
+    return dataclasses.replace(cache, groups=tuple(groups)), index, lost
 
 
 # Eviction.
