@@ -239,6 +239,13 @@ def test_vmap_of_queries_over_one_pool():
         np.testing.assert_allclose(found[n], wanted, 1e-5, 1e-5)
 
 
+def over_heads(step, mesh, specs):
+    """The step on a mesh whose devices hold KV heads each."""
+    heads = Spec(None, "heads")
+    in_specs, out_specs = (specs, Spec(), heads, heads, heads), (specs, heads, Spec())
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=out_specs), donate_argnums=0)
+
+
 @pytest.mark.parametrize("step", [forward, scanned_forward], ids=["unrolled", "layers_scanned"])
 def test_shard_map_over_kv_heads(step, cpu_devices):
     """Tables and lengths are replicated; each device holds its KV heads and their query heads."""
@@ -247,13 +254,7 @@ def test_shard_map_over_kv_heads(step, cpu_devices):
         cache = poisoned(paxcache.init(CONFIG))
     specs = jax.tree.map(lambda x: Spec(None, None, "heads") if x.ndim == 5 else Spec(), cache)
     cache = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), cache, specs)
-    heads = Spec(None, "heads")
-    sharded = jax.jit(
-        jax.shard_map(
-            step, mesh=mesh, in_specs=(specs, Spec(), heads, heads, heads), out_specs=(specs, heads, Spec())
-        ),
-        donate_argnums=0,
-    )
+    sharded = over_heads(step, mesh, specs)
     whole = jax.jit(
         jax.shard_map(churn, mesh=mesh, in_specs=(specs, Spec()), out_specs=specs), donate_argnums=0
     )
@@ -285,13 +286,7 @@ def test_shard_map_over_two_gpus(step, quantization):
     alone, cache = paxcache.init(config), paxcache.init(config)
     specs = sharding.partition_specs(cache, "heads")
     cache = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), cache, specs)
-    heads = Spec(None, "heads")
-    sharded = jax.jit(
-        jax.shard_map(
-            step, mesh=mesh, in_specs=(specs, Spec(), heads, heads, heads), out_specs=(specs, heads, Spec())
-        ),
-        donate_argnums=0,
-    )
+    sharded = over_heads(step, mesh, specs)
     for i, lens in enumerate(LENS):
         rng = np.random.default_rng(i)
         k, v, q = (jnp.asarray(rng.standard_normal((T, n, 128)), jnp.bfloat16) for n in (K, K, 4 * K))
