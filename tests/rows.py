@@ -35,6 +35,7 @@ class Case:
     layer_scales: bool = False  # quantised pages: given for each layer, or else each token's own
     holes: tuple[tuple[int, int], ...] = ()
     gaps: bool = False  # tokens that no row owns
+    tail: int = 0  # and so many more after the last row
     window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
@@ -75,7 +76,7 @@ def make_inputs(case: Case, seed: int) -> dict[str, Any]:
         return jnp.asarray(x).astype(case.dtype) if case.quantization is None else quantized(x, case)
 
     num_heads = case.kv_heads * case.group
-    num_tokens = int(starts[-1] + asked[-1] + 2 * case.gaps)
+    num_tokens = int(starts[-1] + asked[-1] + 2 * case.gaps) + case.tail
     return {
         "q": jnp.asarray(rng.standard_normal((num_tokens, num_heads, case.head_dim))).astype(case.dtype),
         "k_pages": pool(),

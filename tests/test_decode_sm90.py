@@ -21,6 +21,8 @@ from rows import Case, assert_right, make_inputs, pool_shape
 CASES = {
     "one row": Case(lens=(300,), head_dim=128, kv_heads=1),
     "ragged, idle rows, gaps": Case(lens=(0, 1, 16, 17, 100, 0, 133), gaps=True),
+    "a step mostly empty": Case(lens=(70, 0, 3, 0), tail=21),
+    "a long step mostly empty": Case(lens=(70, 0, 3, 0), tail=900, kv_heads=1, group=12, head_dim=96),
     "several queries a row": Case(
         lens=(150, 90, 0, 64), query_lens=(3, 2, 0, 1), max_query_len=4, group=3, page_size=8, gaps=True
     ),
@@ -122,6 +124,7 @@ def run(case: Case, inputs: dict[str, Any], **options: Any) -> tuple[jax.Array, 
 
 # What they add, other cases show too, and the interpreter takes its time.
 ON_GPU_ALONE = {
+    "a long step mostly empty",
     "fp8_e4m3, head dim 256, float16",
     "int8, head dim 96, scales of layers",
     "int4, scales of layers",

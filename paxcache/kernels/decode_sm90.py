@@ -609,25 +609,40 @@ def _zero_unowned(program: Any, row_line: Any, num_rows: int, out: Any, o_s: Any
     """Writes zeros for the tokens that no row owns: before the first row, between rows and after the last."""
     num_tokens, programs = out.shape[0], case.config.num_programs
 
-    def gap(i, _):
-        after = program + i * programs  # the row after the gap
-        before = jnp.maximum(after - 1, 0)
-        begin = jnp.where(after > 0, row_line(before, ROW_START) + row_line(before, ROW_QUERIES), 0)
-        end = jnp.where(after < num_rows, row_line(jnp.minimum(after, num_rows - 1), ROW_START), num_tokens)
+    def zero(begin, end, step):
+        """Of the tokens from `begin` on every `step`-th."""
+        count = lax.div(end - begin + (step - 1), jnp.int32(step))
 
-        @pl.when(begin < end)
+        @pl.when(count > 0)
         def _():
             zeros = jnp.zeros((case.padded_dim, case.columns), jnp.float32)
             _to_output_tile(plgpu.layout_cast(zeros, MATRIX), o_s, case)
 
             def copy(j, _):
-                token, head = begin + lax.div(j, case.head_groups), lax.rem(j, case.head_groups)
+                token, head = begin + lax.div(j, case.head_groups) * step, lax.rem(j, case.head_groups)
                 _copy_heads(o_s, 0, out, token, head, case.group)
 
-            lax.fori_loop(0, (end - begin) * case.head_groups, copy, None)
+            lax.fori_loop(0, count * case.head_groups, copy, None)
 
-    gaps = jnp.where(program < programs, lax.div(num_rows + programs - program, programs), 0)
+    def end_of(row):
+        return row_line(row, ROW_START) + row_line(row, ROW_QUERIES)
+
+    def gap(i, _):
+        after = program + i * programs  # the row after the gap
+        begin = jnp.where(after > 0, end_of(jnp.maximum(after - 1, 0)), 0)
+        zero(
+            begin,
+            jnp.where(after < num_rows, row_line(jnp.minimum(after, num_rows - 1), ROW_START), num_tokens),
+            1,
+        )
+
+    # After the last row most of a packed step may be empty: where it can be long, all programs share it.
+    is_long = num_tokens - num_rows >= programs
+    num_gaps = num_rows if is_long else num_rows + 1
+    gaps = jnp.where(program < programs, lax.div(num_gaps - 1 + programs - program, programs), 0)
     lax.fori_loop(0, gaps, gap, None)
+    if is_long:
+        pl.when(program < programs)(lambda: zero(end_of(num_rows - 1) + program, num_tokens, programs))
 
 
 def _parts(case: _Case, join: Any) -> tuple[Any, Any, int]:
