@@ -944,9 +944,7 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             """[head dim, tokens]."""
             if not case.quantized:
                 return v_s.at[slot].T
-            values = load_bytes(v_s.at[slot], case.dtype, transposed=True, **interpreted)
-            plgpu.barrier_arrive(v_free.at[slot])  # they may be overwritten
-            return values
+            return load_bytes(v_s.at[slot], case.dtype, transposed=True, **interpreted)
 
         def scales_of(slot):
             """Of a tile of quantised pages the keys' scales, and the logarithms and reciprocals of the values'."""
@@ -1019,7 +1017,8 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 if case.quantized:
                     of_keys, log_of_values, inverse_of_values = scales_of(slot)
                 s = scores(slot) * of_keys
-                plgpu.barrier_arrive(k_free.at[slot])  # all of them may be overwritten
+                if not case.quantized:
+                    plgpu.barrier_arrive(k_free.at[slot])  # the keys may be overwritten
                 if case.soft_cap is not None:
                     s = soft_cap(s, case.soft_cap)
                 if case.quantized:
@@ -1045,9 +1044,14 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 if case.may_be_nan:
                     pl.when(foreign)(lambda: clean_values(slot, low_any, length - base, holes, t * TILE))
                 values = values_of(slot)
-                plgpu.commit_smem()  # all threads' p_s and values, before the matrix unit reads them
+                # All threads' p_s and values, before the matrix unit reads them; and what threads have read themselves,
+                # as they do quantised tiles, before the copy engine writes there.
+                plgpu.commit_smem()
+                if case.quantized:
+                    plgpu.barrier_arrive(k_free.at[slot])  # keys, values and scales may be overwritten
+                    plgpu.barrier_arrive(v_free.at[slot])
                 acc = acc + product(values, p_s.T, DP)
-                if not case.quantized:  # quantised ones have left their slot long ago
+                if not case.quantized:
                     plgpu.barrier_arrive(v_free.at[slot])  # the values may be overwritten
                 return acc, m_new, l
 
