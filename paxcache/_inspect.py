@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from paxcache import _checks, _quantize
 from paxcache._cache import Layer, locate
@@ -173,7 +172,7 @@ def check(cache: PagedKVCache, *, held: Any = None) -> None:
       ...                               max_pages_per_seq=8)
       >>> paxcache.check(paxcache.init(config))
     """
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(cache)):
+    if _checks.is_traced(cache):
         raise TypeError("check reads the cache on the host and cannot run inside jit")
     if held is None or isinstance(held, tuple):
         held_by_group = held or (None,) * len(cache.groups)
