@@ -614,7 +614,11 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 bits = lax.shift_right_logical(jnp.full_like(tokens, 0) + holes, copy)
                 return lax.bitwise_and(bits, jnp.full_like(tokens, 1)) != 0
 
-            def mask(s, t, holes):
+            def mask_holes(s, holes):
+                token = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=MATRIX)
+                return jnp.where(in_hole(token, holes), jnp.full_like(s, MASKED), s)
+
+            def mask(s, t):
                 # Sums stay on the side of the rows: per token the compiler would keep, and spill, one for each column.
                 token = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=MATRIX)
                 start = block_start(t)
@@ -622,8 +626,6 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 seen = token <= _down(last, s) if case.causal else token < length - start
                 if case.windowed:
                     seen = jnp.logical_and(seen, token > _down(last - window, s))
-                if holes is not None:
-                    seen = jnp.logical_and(seen, jnp.logical_not(in_hole(token, holes)))
                 return jnp.where(seen, s, jnp.full_like(s, MASKED))
 
             def softmax(s, m, l, t, masked, holes=None):
@@ -632,7 +634,9 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 if case.soft_cap is not None:
                     s, factor = soft_cap(s * scale, case.soft_cap), 1.0
                 if masked:
-                    s, factor = mask(s * factor, t, holes), 1.0
+                    s, factor = mask(s * factor, t), 1.0
+                    if holes is not None:  # most blocks have none
+                        s = lax.cond(holes != 0, lambda s: mask_holes(s, holes), lambda s: s, s)
                 new = jnp.maximum(m, s.max(axis=1) * factor)
                 shrink = jnp.exp2(m - new)
                 p = jnp.exp2(
@@ -643,26 +647,27 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             def clean_values(t, holes):
                 """Zeros where values are not the row's, since 0 * NaN is NaN."""
                 slot, owned = value_slot(t), length - block_start(t)
+                foreign = jnp.logical_or(owned < block, holes != 0)
 
-                @pl.when(jnp.logical_or(owned < block, holes != 0))
+                def clean(begin):
+                    token = plgpu.broadcasted_iota(jnp.int32, (ROWS, chunk), 0, layout=MATRIX) + begin
+                    keep = jnp.logical_and(token < owned, jnp.logical_not(in_hole(token, holes)))
+                    for d in range(0, D, chunk):
+                        part = v_s.at[slot, pl.ds(begin, ROWS), pl.ds(d, chunk)]
+                        values = plgpu.load(part, layout=MATRIX)
+                        part[...] = jnp.where(keep, values, jnp.zeros_like(values))
+
+                # Consumer 0, whose turn comes first: the other one hardly ever waits.
+                @pl.when(jnp.logical_and(foreign, wg == 0))
                 def _():
-                    for i, d in enumerate(range(0, D, chunk)):  # the consumers share the work
-
-                        @pl.when(wg == i % CONSUMERS)
-                        def _(d=d):
-                            for begin in range(0, block, ROWS):
-                                part = v_s.at[slot, pl.ds(begin, ROWS), pl.ds(d, chunk)]
-                                token = (
-                                    plgpu.broadcasted_iota(jnp.int32, (ROWS, chunk), 0, layout=MATRIX) + begin
-                                )
-                                keep = jnp.logical_and(token < owned, jnp.logical_not(in_hole(token, holes)))
-                                values = plgpu.load(part, layout=MATRIX)
-                                part[...] = jnp.where(keep, values, jnp.zeros_like(values))
-
+                    for begin in range(0, block, ROWS):
+                        some = jnp.logical_or(owned < begin + ROWS, holes != 0)
+                        pl.when(some)(functools.partial(clean, begin))
                     plgpu.commit_smem()  # all threads' zeros, before the matrix unit reads them
-                    # Both consumers arrive when their share is clean, and wait for the other's.
-                    plgpu.barrier_arrive(cleaned)
-                    plgpu.barrier_wait(cleaned)
+                    plgpu.barrier_arrive(cleaned.at[slot])  # consumer 1 may read them too
+
+                # Of each slot by itself: consumer 0 may be a block ahead.
+                pl.when(jnp.logical_and(foreign, wg == 1))(lambda: plgpu.barrier_wait(cleaned.at[slot]))
 
             def add_values(acc, p, slot):
                 if on_gpu:
@@ -848,7 +853,7 @@ def _scratch(case: _Case) -> dict[str, Any]:
         "k_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.key_stages),
         "v_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.value_stages),
         "turn": plgpu.Barrier(num_barriers=CONSUMERS),
-        "cleaned": plgpu.Barrier(num_arrivals=CONSUMERS),
+        "cleaned": plgpu.Barrier(num_barriers=config.value_stages),
     }
 
 
