@@ -19,6 +19,10 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+# The compiler needs none of the CUDA libraries that JAX looks for when it first uses a backend: in another test, maybe,
+# but not before all tests are imported.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
 H200 = """
 gpu_device_info {
   name: "NVIDIA H200"
@@ -82,7 +86,6 @@ def available() -> bool:
 
 def compile_for_h200(f: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Compiled:
     """Compiles ``f(*args)`` for an H200; `args` are arrays or shapes, alone or in pytrees."""
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
     target = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     sharding = NamedSharding(topologies.make_mesh(target, (1,), ("x",)), PartitionSpec())

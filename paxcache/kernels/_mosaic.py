@@ -36,10 +36,12 @@ __all__ = [
     "arrive",
     "dequantize",
     "device_limits",
+    "fill_parts",
     "gather",
     "in_place",
     "interpreter",
     "issue_loads",
+    "keep_columns",
     "load_bytes",
     "matrix_tiles",
     "off_mesh",
@@ -52,6 +54,7 @@ __all__ = [
     "store_queries",
     "store_untransposed",
     "varying_like",
+    "zero_rows",
 ]
 
 COPY_DTYPES = frozenset(
@@ -402,6 +405,80 @@ def reduce_columns(x: Any, reduction: Any, scratch: Any, *, interpreted: bool) -
     return inlined(reduce)(x, scratch)
 
 
+def fill_parts(x: Any, fill: float, bits: Any, part_len: int, *, interpreted: bool) -> Any:
+    """A matrix with `fill` in parts of its columns, in the layout of the matrix unit.
+
+    Args:
+      x: f32[64, N].
+      fill: what stands there.
+      bits: i32; bit i is set for columns [i * part_len, (i + 1) * part_len).
+      part_len: a multiple of 8.
+      interpreted: whether the interpreter runs the kernel.
+    """
+    if interpreted:
+        parts = jnp.arange(x.shape[1])[None] // part_len
+        return jnp.where((bits >> parts) & 1 != 0, fill, x)
+
+    def put(_, x, bits):
+        f32, zero = ir.F32Type.get(), _i32(0)
+        bits = bits.registers.item()
+        pair = ir.VectorType.get((2,), f32)
+        other = arith.constant(pair, ir.DenseElementsAttr.get_splat(pair, ir.FloatAttr.get(f32, fill)))
+        registers = np.empty_like(x.registers)
+        source, target = (r.reshape(-1, 2) for r in (x.registers, registers))
+        for eight in range(len(source)):
+            bit = arith.andi(bits, _i32(1 << (8 * eight // part_len)))
+            filled = arith.cmpi(arith.CmpIPredicate.ne, bit, zero)
+            target[eight] = [arith.select(filled, other, number) for number in source[eight]]
+        return type(x)(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    shape: Any = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=plgpu.Layout.WGMMA)
+    arguments = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT(())
+    inlined: Any = plgpu.inline_mgpu(arg_types=arguments, return_type=shape)
+    return inlined(put)(x, bits)
+
+
+def keep_columns(x: Any, fill: float, *, after: Any, last: Any, interpreted: bool) -> Any:
+    """A matrix with `fill` for the columns of each row that are not kept, in the layout of the matrix unit.
+
+    Compares a number a row with constants. What Pallas makes of an iota keeps a register for each column in a loop.
+
+    Args:
+      x: f32[64, N].
+      fill: what stands for the rest.
+      after, last: i32[64], in the layout's reduction: columns in (after, last] are kept; None: there is no such bound.
+      interpreted: whether the interpreter runs the kernel.
+    """
+    if interpreted:
+        columns = jnp.arange(x.shape[1])[None]
+        kept = True if last is None else columns <= last[:, None]
+        kept &= True if after is None else columns > after[:, None]
+        return jnp.where(kept, x, fill)
+    signed = arith.CmpIPredicate
+    given = [(order, b) for order, b in ((signed.slt, after), (signed.sge, last)) if b is not None]
+
+    def keep(_, x, *bounds):
+        pair, (_, lane) = ir.VectorType.get((2,), ir.F32Type.get()), _place()
+        # A register has two neighbouring columns, of the upper rows or of the lower ones.
+        first = arith.muli(arith.remui(lane, _i32(4)), _i32(2))
+        bounds = [[arith.subi(_first(r), first) for r in bound.registers.reshape(-1)] for bound in bounds]
+        other = arith.constant(pair.element_type, ir.FloatAttr.get(pair.element_type, fill))
+        registers = np.empty_like(x.registers)
+        source, target = (r.reshape(-1, 2) for r in (x.registers, registers))
+        for eight, half in np.ndindex(source.shape):
+            numbers = [vector.extract(source[eight, half], [], [j]) for j in range(2)]
+            for j, ((order, _), bound) in itertools.product(range(2), zip(given, bounds, strict=True)):
+                kept = arith.cmpi(order, bound[half], _i32(8 * eight + j))
+                numbers[j] = arith.select(kept, numbers[j], other)
+            target[eight, half] = vector.from_elements(pair, numbers)
+        return type(x)(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    matrix, rows = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+    shape: Any = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=matrix)
+    inlined: Any = plgpu.inline_mgpu(arg_types=(matrix, *(rows for _ in given)), return_type=shape)
+    return inlined(keep)(x, *(bound for _, bound in given))
+
+
 def store_untransposed(values: Any, ref: Any) -> None:
     """Puts [columns, n] in the order of `load_bytes`, transposed, into a plain buffer [n, columns] in the right one.
 
@@ -577,6 +654,60 @@ def scatter(ref: Any, index: Any, values: Any, layout: Any, *, interpreted: bool
     index_layout = layout.reduce(values.ndim - 1) if are_rows else layout
     inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), index_layout, layout))(store)
     inlined(ref, index, values)
+
+
+def zero_rows(
+    ref: Any, first: Any, stop: Any, bits: Any, part_len: int, *, tile_bytes: int, interpreted: bool
+) -> None:
+    """Puts zeros into a tile's rows outside of [first, stop), and into parts of its rows.
+
+    Args:
+      ref: [rows, columns] in shared memory, with the transforms of `matrix_tiles` for rows of `tile_bytes`; of a type
+        in which zeros are zero bits.
+      first, stop: i32.
+      bits: i32; bit i is set for rows [i * part_len, (i + 1) * part_len).
+      part_len: a power of two.
+      tile_bytes: see there.
+      interpreted: whether the interpreter runs the kernel.
+    """
+    rows, row_bytes = ref.shape[0], ref.shape[1] * ref.dtype.itemsize
+    shift = part_len.bit_length() - 1
+    if interpreted:
+        row = jnp.arange(rows)
+        kept = (row >= first) & (row < stop) & ((bits >> (row >> shift)) & 1 == 0)
+        ref[...] = jnp.where(kept[:, None], ref[...], jnp.zeros((), ref.dtype))
+        return
+    swizzle = _swizzle(tile_bytes)
+
+    def zero(_, ref, *bounds):
+        first, stop, bits = (bound.registers.item() for bound in bounds)
+        i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
+        sixteen = ir.VectorType.get((4,), i32)
+        zeros = arith.constant(sixteen, ir.DenseElementsAttr.get_splat(sixteen, ir.IntegerAttr.get(i32, 0)))
+        base, thread, signed = mgpu_utils.memref_ptr(ref), _thread(), arith.CmpIPredicate
+        parts = row_bytes // 16
+        # Without holes nor a first row only what follows the last row. A loop, since the places of all would be kept.
+        all_rows = arith.ori(arith.cmpi(signed.ne, bits, _i32(0)), arith.cmpi(signed.sgt, first, _i32(0)))
+        begin = arith.select(all_rows, _i32(0), arith.muli(arith.maxsi(stop, _i32(0)), _i32(parts)))
+        left = arith.maxsi(arith.subi(_i32(rows * parts + THREADS - 1), begin), _i32(0))
+
+        @mgpu_utils.fori(arith.divui(left, _i32(THREADS)), ())
+        def _(i, carry):
+            unit = arith.addi(arith.addi(arith.muli(i, _i32(THREADS)), begin), thread)
+            row, byte = arith.divui(unit, _i32(parts)), arith.muli(arith.remui(unit, _i32(parts)), _i32(16))
+            foreign = arith.ori(arith.cmpi(signed.slt, row, first), arith.cmpi(signed.sge, row, stop))
+            bit = arith.andi(arith.shrui(bits, arith.shrui(row, _i32(shift))), _i32(1))
+            foreign = arith.ori(foreign, arith.cmpi(signed.ne, bit, _i32(0)))
+            foreign = arith.andi(foreign, arith.cmpi(signed.slt, row, _i32(rows)))
+            with mgpu_utils.when(foreign):
+                address = _tile_address(row, byte, row_bytes, swizzle)
+                llvm.store(zeros, mgpu_utils.getelementptr(base, [address], i8))
+            return carry
+
+    numbers = [jnp.asarray(x, jnp.int32) for x in (first, stop, bits)]
+    types = plgpu.RefType(matrix_tiles(tile_bytes, ref.dtype)), *(plgpu.Layout.WG_SPLAT(()) for _ in numbers)
+    inlined: Any = plgpu.inline_mgpu(arg_types=types)
+    inlined(zero)(ref, *numbers)
 
 
 def _first(register: Any) -> Any:

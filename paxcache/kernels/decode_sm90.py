@@ -54,6 +54,7 @@ from paxcache.kernels._mosaic import (
     reduce_columns,
     store_queries,
     store_untransposed,
+    zero_rows,
 )
 
 if TYPE_CHECKING:
@@ -961,17 +962,10 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             of_values = jnp.where(of_values > 0, of_values, 1.0)
             return of_keys * scale, jnp.log2(of_values), 1.0 / of_values
 
-        def clean_values(slot, low, high, holes, tile_start):
-            """Zeros for tokens that are not the row's: 0 * NaN would be NaN. A part at a time spares registers."""
-            wide = 64 * 2 // case.dtype.itemsize
-            width = next(x for x in (wide, wide // 2, wide // 4) if D % x == 0)
-            tokens = plgpu.broadcasted_iota(jnp.int32, (TILE, width), 0, layout=MATRIX)
-            owned = _visible(tokens, low, high, holes, tile_start, copy_len)
-            for d in range(0, D, width):
-                values = plgpu.load(v_s.at[slot, :, pl.ds(d, width)], layout=MATRIX)
-                values = values.astype(case.operand)  # bytes know no select
-                values = jnp.where(owned, values, jnp.zeros_like(values)).astype(case.dtype)
-                v_s[slot, :, pl.ds(d, width)] = values
+        def clean_values(slot, low, high, holes):
+            """Zeros for tokens that are not the row's: 0 * NaN would be NaN."""
+            tile_bytes = v_s.shape[-1] * case.dtype.itemsize if case.quantized else case.tile_bytes
+            zero_rows(v_s.at[slot], low, high, holes, copy_len, tile_bytes=tile_bytes, **interpreted)
             if case.quantized:
                 plgpu.commit_smem()  # all threads' zeros, before others load them
 
@@ -1042,7 +1036,8 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 if case.windowed:
                     foreign = jnp.logical_or(foreign, low_any > t * TILE)
                 if case.may_be_nan:
-                    pl.when(foreign)(lambda: clean_values(slot, low_any, length - base, holes, t * TILE))
+                    low = 0 if low_any is None else low_any - t * TILE
+                    pl.when(foreign)(lambda: clean_values(slot, low, length - base - t * TILE, holes))
                 values = values_of(slot)
                 # All threads' p_s and values, before the matrix unit reads them; and what threads have read themselves,
                 # as they do quantised tiles, before the copy engine writes there.

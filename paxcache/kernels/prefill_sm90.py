@@ -40,12 +40,15 @@ from paxcache.kernels._mosaic import (
     DeviceLimits,
     dequantize,
     device_limits,
+    fill_parts,
     gather,
     in_place,
+    keep_columns,
     matrix_tiles,
     off_mesh,
     pl,
     plgpu,
+    zero_rows,
 )
 
 if TYPE_CHECKING:
@@ -340,14 +343,16 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
     layer = refs["layer"][0]
 
     # The list of items is dealt back and forth, so that no program gets all the expensive ones of its rounds.
-    num_items = plan[0, 0] * case.head_items
-    whole_rounds = lax.div(num_items, config.num_programs)
-    left = num_items - whole_rounds * config.num_programs
 
     def place_in_round(round_id):
         return jnp.where(lax.rem(round_id, 2) == 0, program, config.num_programs - 1 - program)
 
-    num_rounds = whole_rounds + (place_in_round(whole_rounds) < left).astype(jnp.int32)
+    def count_rounds():
+        """By each warpgroup for itself: registers that hold it from here on are dear."""
+        num_items = plan[0, 0] * case.head_items
+        whole_rounds = lax.div(num_items, config.num_programs)
+        left = num_items - whole_rounds * config.num_programs
+        return whole_rounds + (place_in_round(whole_rounds) < left).astype(jnp.int32)
 
     def item(round_id):
         """The line of a tile in the plan, and which of its items."""
@@ -439,7 +444,7 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 lax.fori_loop(0, blocks, step, None)
                 return base + blocks
 
-            total = lax.fori_loop(0, num_rounds, one_item, jnp.int32(0))
+            total = lax.fori_loop(0, count_rounds(), one_item, jnp.int32(0))
             drain(free, stages, total)
             if with_queries:
                 drain_queries(total)
@@ -457,6 +462,8 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
         plgpu.warp_map(warp)
 
     def converting_producer():
+        num_rounds = count_rounds()
+
         def block_start(line, t):
             return (plan[line, FIRST_BLOCK] + plan[line, BLOCKS] - 1 - t) * block
 
@@ -609,24 +616,14 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                     holes = lax.bitwise_or(holes, jnp.where(tables[row, entry] < 0, 1 << i, 0))
                 return holes
 
-            def in_hole(tokens, holes):
-                copy = lax.shift_right_logical(tokens, jnp.full_like(tokens, copy_len.bit_length() - 1))
-                bits = lax.shift_right_logical(jnp.full_like(tokens, 0) + holes, copy)
-                return lax.bitwise_and(bits, jnp.full_like(tokens, 1)) != 0
-
-            def mask_holes(s, holes):
-                token = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=MATRIX)
-                return jnp.where(in_hole(token, holes), jnp.full_like(s, MASKED), s)
-
             def mask(s, t):
-                # Sums stay on the side of the rows: per token the compiler would keep, and spill, one for each column.
-                token = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=MATRIX)
                 start = block_start(t)
-                last = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=EACH_ROW) + (position - start)
-                seen = token <= _down(last, s) if case.causal else token < length - start
-                if case.windowed:
-                    seen = jnp.logical_and(seen, token > _down(last - window, s))
-                return jnp.where(seen, s, jnp.full_like(s, MASKED))
+                own = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=EACH_ROW) + (position - start)
+                last = own
+                if not case.causal:
+                    last = plgpu.layout_cast(jnp.full((ROWS,), 0, jnp.int32) + (length - start - 1), EACH_ROW)
+                after = own - window if case.windowed else None
+                return keep_columns(s, MASKED, after=after, last=last, interpreted=not on_gpu)
 
             def softmax(s, m, l, t, masked, holes=None):
                 """New maximum and denominator, the factor of what was summed up, and the weights."""
@@ -635,8 +632,11 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                     s, factor = soft_cap(s * scale, case.soft_cap), 1.0
                 if masked:
                     s, factor = mask(s * factor, t), 1.0
-                    if holes is not None:  # most blocks have none
-                        s = lax.cond(holes != 0, lambda s: mask_holes(s, holes), lambda s: s, s)
+                    if holes is not None:
+                        fill = functools.partial(
+                            fill_parts, fill=MASKED, bits=holes, part_len=copy_len, interpreted=not on_gpu
+                        )
+                        s = lax.cond(holes != 0, fill, lambda s: s, s)
                 new = jnp.maximum(m, s.max(axis=1) * factor)
                 shrink = jnp.exp2(m - new)
                 p = jnp.exp2(
@@ -649,20 +649,13 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 slot, owned = value_slot(t), length - block_start(t)
                 foreign = jnp.logical_or(owned < block, holes != 0)
 
-                def clean(begin):
-                    token = plgpu.broadcasted_iota(jnp.int32, (ROWS, chunk), 0, layout=MATRIX) + begin
-                    keep = jnp.logical_and(token < owned, jnp.logical_not(in_hole(token, holes)))
-                    for d in range(0, D, chunk):
-                        part = v_s.at[slot, pl.ds(begin, ROWS), pl.ds(d, chunk)]
-                        values = plgpu.load(part, layout=MATRIX)
-                        part[...] = jnp.where(keep, values, jnp.zeros_like(values))
-
                 # Consumer 0, whose turn comes first: the other one hardly ever waits.
                 @pl.when(jnp.logical_and(foreign, wg == 0))
                 def _():
-                    for begin in range(0, block, ROWS):
-                        some = jnp.logical_or(owned < begin + ROWS, holes != 0)
-                        pl.when(some)(functools.partial(clean, begin))
+                    zero_rows(
+                        v_s.at[slot], 0, owned, holes, copy_len, tile_bytes=D * case.dtype.itemsize,
+                        interpreted=not on_gpu,
+                    )  # fmt: skip
                     plgpu.commit_smem()  # all threads' zeros, before the matrix unit reads them
                     plgpu.barrier_arrive(cleaned.at[slot])  # consumer 1 may read them too
 
@@ -808,8 +801,9 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                     at = at + lax.bitwise_and(count, size)
                     size //= 2
 
-        lax.fori_loop(0, num_rounds, one_item, jnp.int32(0))
-        pl.when(wg == 0)(begin_turn)  # see the other's last turn
+        lax.fori_loop(0, count_rounds(), one_item, jnp.int32(0))
+        if not on_gpu:  # the interpreter alone asks that every completion is seen
+            pl.when(wg == 0)(begin_turn)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # shared memory must outlive the last copies
 
 
