@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as Spec
 
 import aot
 import rows
-from paxcache.kernels import _mosaic, attention_sm90, decode_sm90, prefill_sm90
+from paxcache.kernels import _mosaic, _prefill_plan_sm90, attention_sm90, decode_sm90, prefill_sm90
 from paxcache.kernels._attention_sm90 import check_supported
 from rows import Case, make_inputs, pool_shape
 
@@ -156,7 +156,7 @@ def test_negative_scale(few_programs):
 def test_under_vmap():
     case = Case(lens=(70,), query_lens=(64,), kv_heads=1, group=2)
     inputs = make_inputs(case, seed=0)
-    plan = prefill_sm90.prefill_plan(
+    plan = _prefill_plan_sm90.prefill_plan(
         *(inputs[x] for x in ("block_tables", "seq_lens", "query_starts", "query_lens")),
         num_tokens=64,
         num_heads=2,
@@ -260,7 +260,7 @@ def test_plan_of_another_shape_is_not_used(few_programs):
 @pytest.mark.parametrize(("window", "causal"), [(None, True), (None, False), (90, True), (300, False)])
 def test_plan_covers_what_is_seen(seed, window, causal):
     """Every query token stands in one tile, whose blocks hold all that it sees; blocks unmasked are seen in full."""
-    p, rng = prefill_sm90, np.random.default_rng(seed)
+    p, rng = _prefill_plan_sm90, np.random.default_rng(seed)
     queries = rng.choice([0, 1, 2, 63, 64, 65, 200, 511], 5)
     lens = queries + rng.choice([0, 1, 100, 640], 5)
     gaps = rng.integers(0, 3, 5)
@@ -375,7 +375,7 @@ def compile_case(case: Case) -> aot.Compiled:
 
     def f(out, lse, q, k, v, layer, tables, lens, starts, query_lens, scale, window, sinks):
         window = None if case.window is None else window
-        plan = prefill_sm90.prefill_plan(
+        plan = _prefill_plan_sm90.prefill_plan(
             tables, lens, starts, query_lens, num_tokens=T, num_heads=H, num_kv_heads=case.kv_heads,
             page_size=case.page_size, sliding_window=window, causal=case.causal, config=config,
         )  # fmt: skip

@@ -1,5 +1,5 @@
 """Paged attention on Hopper (sm_90a): which rows go to which kernel. Imports `_quantize`, `decode_sm90`,
-`prefill_sm90` and what they share.
+`prefill_sm90`, their plans and what they share.
 
 Where no row can have more than FEW_QUERIES query tokens, as in decoding, also with speculation, all go to the decode
 kernel. In every other step, also in a packed one of any size, rows with a single one do, and those with more to the
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from paxcache._quantize import QuantizedPages
-from paxcache.kernels import decode_sm90, prefill_sm90
+from paxcache.kernels import _decode_plan_sm90, _prefill_plan_sm90, decode_sm90, prefill_sm90
 from paxcache.kernels._attention import Step, fitting, groups
 from paxcache.kernels._attention_sm90 import check_supported, operand_dtype
 from paxcache.kernels._mosaic import DeviceLimits
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class Plan:
     """The work of a step for both kernels; of several plans attention takes the one that fits."""
 
-    decode: tuple[decode_sm90.Plan, ...]
-    prefill: tuple[prefill_sm90.Plan, ...]
+    decode: tuple[_decode_plan_sm90.Plan, ...]
+    prefill: tuple[_prefill_plan_sm90.Plan, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class _Shapes(Step):
         """Query tokens, at least a tile of the prefill kernel."""
         if not self.is_mixed:
             return self.num_tokens
-        return max(self.num_tokens, prefill_sm90.tile_tokens(self.num_heads, self.num_kv_heads))
+        return max(self.num_tokens, _prefill_plan_sm90.tile_tokens(self.num_heads, self.num_kv_heads))
 
     def for_decode(self) -> dict[str, Any]:
         shapes = {
@@ -71,11 +71,13 @@ class _Shapes(Step):
             "config": config,
         }
 
-    def decode_shape(self) -> decode_sm90.Shape:
-        return decode_sm90.plan_shape(num_rows=self.num_rows, windowed=self.windowed, **self.for_decode())
+    def decode_shape(self) -> _decode_plan_sm90.Shape:
+        return _decode_plan_sm90.plan_shape(
+            num_rows=self.num_rows, windowed=self.windowed, **self.for_decode()
+        )
 
-    def prefill_shape(self) -> prefill_sm90.Shape:
-        return prefill_sm90.plan_shape(num_rows=self.num_rows, **self.for_prefill())
+    def prefill_shape(self) -> _prefill_plan_sm90.Shape:
+        return _prefill_plan_sm90.plan_shape(num_rows=self.num_rows, **self.for_prefill())
 
 
 def make_plan(
@@ -122,8 +124,8 @@ def make_plan(
         limits=limits,
     )
     rows = block_tables, seq_lens, query_starts, query_lens
-    decode: dict[Any, decode_sm90.Plan] = {}
-    prefill: dict[Any, prefill_sm90.Plan] = {}
+    decode: dict[Any, _decode_plan_sm90.Plan] = {}
+    prefill: dict[Any, _prefill_plan_sm90.Plan] = {}
     for group in groups(num_heads, num_kv_heads):
         shapes = _Shapes(
             num_rows=block_tables.shape[0],
@@ -138,10 +140,10 @@ def make_plan(
             limits=limits,
         )
         if shapes.decode_shape() not in decode:
-            plan = decode_sm90.decode_plan(*rows, **shapes.for_decode(), sliding_window=sliding_window)
+            plan = _decode_plan_sm90.decode_plan(*rows, **shapes.for_decode(), sliding_window=sliding_window)
             decode[plan.made_for] = plan
         if shapes.is_mixed and shapes.prefill_shape() not in prefill:
-            plan = prefill_sm90.prefill_plan(
+            plan = _prefill_plan_sm90.prefill_plan(
                 *rows,
                 **shapes.for_prefill(),
                 page_size=page_size,

@@ -1,6 +1,6 @@
 """Quantises the K and V of new tokens into their pages, in place and in one launch. For Hopper GPUs (sm_90a).
 
-Imports `_quantize`, `_mosaic` and `_write_sm90`.
+Imports `_quantize`, `_inline_sm90`, `_mosaic` and `_write_sm90`.
 
 A program is one warpgroup that holds a few tokens in registers, 16 bytes of a row in a thread. A row lies on some lanes
 of one warp, which find its largest magnitude in a few exchanges. Bytes and scales leave for the rows that the slots
@@ -22,18 +22,20 @@ import numpy as np
 from jax import lax
 
 from paxcache._quantize import Format, QuantizedPages
+from paxcache.kernels._inline_sm90 import (
+    gather,
+    issue_loads,
+    row_layout,
+    scatter,
+)
 from paxcache.kernels._mosaic import (
     THREADS,
     DeviceLimits,
     device_limits,
-    gather,
     in_place,
-    issue_loads,
     pl,
     plgpu,
     require_hopper,
-    row_layout,
-    scatter,
 )
 from paxcache.kernels._write_sm90 import pairs, run
 

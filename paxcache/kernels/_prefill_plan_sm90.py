@@ -1,0 +1,188 @@
+"""Which tiles of query tokens a step's prefill has, and what of the keys each sees. Imports JAX alone; knows integers.
+
+`prefill_plan` lists the *tiles* of 64 or 128 tokens once per step, on the device, the most expensive first.
+`prefill_sm90` says how a plan is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int32
+
+ROWS = 64  # query rows of a consumer: the rows of one matrix instruction
+CONSUMERS = 2
+
+# Line 0 of a plan holds the number of tiles. Columns of a tile: row of the batch; first query token that the
+# program loads, and its position; which of the loaded tokens are the tile's: first and number; the first block of
+# keys; blocks; of these, from the last down, where those that may have holes end (0: there are none), and where those
+# seen in full begin and end; the length of the row.
+ROW, TOKEN, POSITION, SKIP, COUNT, FIRST_BLOCK, BLOCKS, HOLES_END, FULL_BEGIN, FULL_END, LENGTH = range(11)
+SECTOR = 8  # int32 in a memory sector, to which lines are padded
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A launch configuration; `prefill_sm90.default_config` makes one."""
+
+    num_programs: int
+    """Programs launched: one an SM."""
+    block_kv: int
+    """Tokens of a block of keys: what the registers hold of scores beside the output."""
+    key_stages: int
+    """Blocks of keys in shared memory."""
+    value_stages: int
+    """Blocks of values, which are read a step later."""
+    output_over_queries: bool
+    """Output tiles take the queries' shared memory: less is needed, and the next queries come later."""
+    raw_stages: int = 0
+    """Blocks of keys, and as many of values, as quantised pages hold them: the one that is converted and the next."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What the form of a plan depends on; `plan_shape` makes one."""
+
+    num_tokens: int
+    tile_tokens: int
+    num_tiles: int
+    config: Config
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The tiles of a step, the most expensive first."""
+
+    lines: Int32[Array, "lines columns"]
+    made_for: Shape = dataclasses.field(metadata={"static": True})
+
+
+def heads_of_program(num_heads: int, num_kv_heads: int) -> int:
+    return CONSUMERS if num_heads // num_kv_heads % CONSUMERS == 0 else 1
+
+
+def tile_tokens(num_heads: int, num_kv_heads: int) -> int:
+    """Tokens of a tile; a call must have as many."""
+    return ROWS * CONSUMERS // heads_of_program(num_heads, num_kv_heads)
+
+
+def plan_shape(
+    *, num_rows: int, num_tokens: int, num_heads: int, num_kv_heads: int, min_query_len: int, config: Config
+) -> Shape:
+    """The form of the plan that `prefill_plan` makes; a plan of another form is of no use to `prefill`."""
+    tile = tile_tokens(num_heads, num_kv_heads)
+    most_rows = min(num_rows, num_tokens // max(min_query_len, 1))
+    return Shape(
+        num_tokens=num_tokens, tile_tokens=tile, num_tiles=num_tokens // tile + most_rows, config=config
+    )
+
+
+def prefill_plan(
+    block_tables: Int32[Array, "B M"],
+    seq_lens: Int32[Array, "B"],
+    query_starts: Int32[Array, "B"],
+    query_lens: Int32[Array, "B"],
+    *,
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    page_size: int,
+    min_query_len: int = 1,
+    sliding_window: Int32[Array, ""] | int | None = None,
+    causal: bool = True,
+    config: Config,
+) -> Plan:
+    """Lists the tiles of a step, on the device; lengths are dynamic, shapes are not.
+
+    Args:
+      block_tables: i32[B, M]; a negative entry is a hole.
+      seq_lens: i32[B], with the new tokens.
+      query_starts, query_lens: i32[B] a row's first query token and its number of them.
+      num_tokens: query tokens, T; at least `tile_tokens`.
+      num_heads, num_kv_heads, page_size: H, K, S.
+      min_query_len: rows with fewer query tokens are left alone.
+      sliding_window: tokens a query sees, itself included; blocks left of it are not read.
+      causal: whether a query does not see later tokens.
+      config: the launch configuration.
+
+    Returns:
+      The plan, for every layer with these rows, tables, window and heads.
+    """
+    i32 = jnp.int32
+    B, M = block_tables.shape
+    block = config.block_kv
+    shape = plan_shape(
+        num_rows=B,
+        num_tokens=num_tokens,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        min_query_len=min_query_len,
+        config=config,
+    )
+    tile = shape.tile_tokens
+    live = (seq_lens > 0) & (query_lens >= min_query_len)
+    queries = jnp.where(live, query_lens, 0).astype(i32)
+    tiles = (queries + (tile - 1)) // tile
+    row_ids = jnp.arange(B, dtype=i32)
+    ends = jnp.sum(jnp.where(row_ids[None, :] <= row_ids[:, None], tiles, 0), axis=1, dtype=i32)
+    window = None if sliding_window is None else jnp.asarray(sliding_window, i32)
+
+    # A row with a hole in sight has all its blocks looked at for holes.
+    entries = jnp.arange(M, dtype=i32)
+    in_sight = entries < ((seq_lens + (page_size - 1)) // page_size)[:, None]
+    if window is not None:
+        low = jnp.maximum(seq_lens - queries - window + 1, 0) // page_size
+        in_sight &= entries >= low[:, None]
+    has_holes = jnp.any(in_sight & (block_tables < 0), axis=1)
+
+    ids = jnp.arange(shape.num_tiles, dtype=i32)
+    row = jnp.minimum(jnp.sum(ends[None, :] <= ids[:, None], axis=1, dtype=i32), B - 1)
+    used = ids < ends[-1]
+    begin = (ids - (ends[row] - tiles[row])) * tile  # the tile's first query token in its row
+    count = jnp.minimum(queries[row] - begin, tile)
+    token = jnp.clip(query_starts[row] + begin, 0, num_tokens - tile)
+    skip = query_starts[row] + begin - token
+    length = seq_lens[row].astype(i32)
+    first = length - queries[row] + begin  # positions of the tile's first and last query
+    last = first + count - 1
+    high = last + 1 if causal else length  # tokens below it are seen by some query; by all:
+    high_all = first + 1 if causal else length
+    low = low_all = jnp.zeros_like(length)
+    if window is not None:
+        low, low_all = jnp.maximum(first - window + 1, 0), jnp.maximum(last - window + 1, 0)
+    first_block, stop_block = low // block, (high + (block - 1)) // block
+    blocks = jnp.maximum(stop_block - first_block, 1)
+    full_begin = jnp.clip(stop_block - high_all // block, 1, blocks)  # the first one is masked in any case
+    full_end = jnp.clip(stop_block - (low_all + (block - 1)) // block, full_begin, blocks)
+    holes_end, full_begin, full_end = (
+        jnp.where(has_holes[row], blocks, x) for x in (jnp.zeros_like(blocks), full_begin, full_end)
+    )
+
+    cost = jnp.where(used, blocks, -1)
+    before = (cost[None, :] > cost[:, None]) | (
+        (cost[None, :] == cost[:, None]) & (ids[None, :] < ids[:, None])
+    )
+    rank = jnp.sum(before, axis=1, dtype=i32)
+    columns = (
+        row,
+        token,
+        first - skip,
+        skip,
+        count,
+        first_block,
+        blocks,
+        holes_end,
+        full_begin,
+        full_end,
+        length,
+    )
+    lines = jnp.stack(columns, axis=1)
+    lines = jnp.pad(lines, ((0, 0), (0, -lines.shape[1] % SECTOR)))
+    header = jnp.zeros((1, lines.shape[1]), i32).at[0, 0].set(ends[-1])
+    return Plan(jnp.concatenate([header, jnp.zeros_like(lines).at[rank].set(lines)]), shape)
