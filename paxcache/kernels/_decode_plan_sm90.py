@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Int32
 
 TILE = 64  # tokens a tile: the rows of one matrix instruction
-COUNTER_SETS = 8
+COUNTER_SETS = 8  # that layers use in turn
 MAX_PIECES = 32  # of a pair where their length is fixed: longer rows get longer pieces
 MAX_ACCUMULATOR = 32 * 128  # columns times head dim that fit a warpgroup's registers beside the scores
 MIN_TILES = 6  # shorter ranges pay more for joins than a second program an SM gains
@@ -90,6 +90,7 @@ class Plan:
 
 
 def padded_head_dim(head_dim: int) -> int:
+    """In whole row blocks of the matrix unit, which writes O^T."""
     return -(-head_dim // 64) * 64
 
 
@@ -253,5 +254,6 @@ def tiles_of_piece(piece_len: int, tiles: Any) -> Any:
 
 
 def count_pieces(piece_len: int, tiles: Any) -> Any:
+    """Fixed pieces of a pair of `tiles` tiles."""
     size = tiles_of_piece(piece_len, tiles)
     return lax.div(tiles + size - 1, size)

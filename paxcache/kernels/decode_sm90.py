@@ -102,7 +102,7 @@ if TYPE_CHECKING:
 WARPS = 4  # of a warpgroup
 NEG = -1e30  # where a running maximum starts: finite, so that no difference of two maxima is NaN
 HOLE = 1 << 28  # added to the index of a token in a hole, past any length
-SHARED_ACCUMULATOR = 16 * 128  # and those that let two programs share an SM,
+SHARED_ACCUMULATOR = 16 * 128  # columns times head dim that let two programs share an SM,
 SHARED_COLUMNS = 16  # with at most so many columns, half of them where the head dim is padded
 # Quantised pages are more work a byte. Three programs that share one warpgroup of copies fit an SM's registers, where
 # only two with copies of their own do,
