@@ -72,8 +72,7 @@ def init(
 
     Reference: PagedAttention (Kwon et al., 2023).
     """
-    if not isinstance(config, CacheConfig):
-        raise TypeError(f"config: expected a CacheConfig, got {config!r}")
+    _checks.instance("config", config, CacheConfig)
     B, M = config.max_seqs, config.max_pages_per_seq
     given = [g for g in config.layer_groups if g.scales == "per_tensor"]
     k_scales = _check_scales("k_scales", k_scales, config, needed=bool(given))
@@ -175,6 +174,7 @@ def extend(
     Reference: block tables and copy-on-write of PagedAttention (Kwon et al., 2023); the packed layout of
     FlashAttention's variable-length interface.
     """
+    _checks.instance("cache", cache, PagedKVCache)
     if (num_tokens is None) == (max_query_len is None):
         raise ValueError("extend: give exactly one of num_tokens (packed) and max_query_len (row-aligned)")
     query_lens = _checks.int_array("query_lens", query_lens, "B", B=cache.max_seqs)
@@ -335,6 +335,8 @@ def append(
       >>> paxcache.gather_dense(cache, 0, 4)[0][:, :, 0, 0].tolist()
       [[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
     """
+    _checks.instance("cache", cache, PagedKVCache)
+    _checks.instance("step", step, Step)
     group, index = locate(cache, layer)
     pages = cache.groups[group].pages
     _, _, K, _, D = pages.k.shape
@@ -407,6 +409,8 @@ def attend(
 
     Reference: PagedAttention (Kwon et al., 2023).
     """
+    _checks.instance("cache", cache, PagedKVCache)
+    _checks.instance("step", step, Step)
     group, index = locate(cache, layer)
     state = cache.groups[group]
     flat = _flatten_tokens("q", q, step, "H D", D=state.pages.k.shape[-1])
@@ -471,6 +475,7 @@ def fork(
 
     Reference: parallel sampling of PagedAttention (Kwon et al., 2023).
     """
+    _checks.instance("cache", cache, PagedKVCache)
     parents = _checks.int_array("parents", parents, "N")
     children = _checks.int_array("children", children, "N", N=parents.shape[0])
     return _integers_only(_fork, cache, parents, children)
@@ -528,6 +533,7 @@ def reorder(cache: PagedKVCache, parents: Int32[Array, "B"]) -> PagedKVCache:
 
     Reference: beam search of PagedAttention (Kwon et al., 2023).
     """
+    _checks.instance("cache", cache, PagedKVCache)
     return _integers_only(_reorder, cache, _checks.int_array("parents", parents, "B", B=cache.max_seqs))
 
 
@@ -576,6 +582,7 @@ def truncate(cache: PagedKVCache, seq_lens: Int32[Array, "B"]) -> PagedKVCache:
       >>> cache.seq_lens.tolist(), paxcache.stats(cache).num_used_pages.item()
       ([16, 2], 2)
     """
+    _checks.instance("cache", cache, PagedKVCache)
     seq_lens = _checks.int_array("seq_lens", seq_lens, "B", B=cache.max_seqs)
     return _integers_only(_truncate, cache, seq_lens, cache.page_size)
 
@@ -612,6 +619,7 @@ def release(cache: PagedKVCache, rows: Bool[Array, "B"]) -> PagedKVCache:
       >>> paxcache.release(cache, jnp.array([True, False])).seq_lens.tolist()
       [0, 2]
     """
+    _checks.instance("cache", cache, PagedKVCache)
     return _integers_only(_release, cache, _checks.bool_array("rows", rows, "B", B=cache.max_seqs))
 
 

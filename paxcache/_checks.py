@@ -77,6 +77,13 @@ def bool_array(name: str, value: Any, dims: str, **sizes: int) -> jax.Array:
     return array(name, value, dims, dtype=jnp.bool_, **sizes)
 
 
+def instance(name: str, value: Any, *kinds: type) -> None:
+    """Refuses what is of none of the classes, such as the tuple that a call returned; names the type of what came."""
+    if not isinstance(value, kinds):
+        wanted = " or a ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{name}: expected a {wanted}, got a {type(value).__name__}")
+
+
 def static_int(name: str, value: Any, *, minimum: int) -> int:
     """A Python int of at least `minimum`; a traced value is refused with advice."""
     if isinstance(value, Tracer):

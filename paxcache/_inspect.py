@@ -45,6 +45,7 @@ def gather_dense(
       >>> k.shape
       (2, 10, 1, 8)
     """
+    _checks.instance("cache", cache, PagedKVCache)
     group, index = locate(cache, layer)
     return _gather_dense(cache, group, index, _checks.static_int("max_len", max_len, minimum=1))
 
@@ -118,6 +119,7 @@ def stats(cache: PagedKVCache) -> Stats:
       >>> stats.num_used_pages.item(), stats.num_free_pages.item(), stats.waste.item()
       (2, 14, 0.375)
     """
+    _checks.instance("cache", cache, PagedKVCache)
     page_bytes = tuple(
         sum(leaf.nbytes // leaf.shape[1] for leaf in jax.tree.leaves(g.pages)) for g in cache.groups
     )
@@ -172,6 +174,7 @@ def check(cache: PagedKVCache, *, held: Any = None) -> None:
       ...                               max_pages_per_seq=8)
       >>> paxcache.check(paxcache.init(config))
     """
+    _checks.instance("cache", cache, PagedKVCache)
     if _checks.is_traced(cache):
         raise TypeError("check reads the cache on the host and cannot run inside jit")
     if held is None or isinstance(held, tuple):

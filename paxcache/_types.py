@@ -290,6 +290,8 @@ class CacheConfig:
         """
         if "num_pages" in arguments:
             raise TypeError("CacheConfig.fit: num_pages is what fit computes; leave it out")
+        if isinstance(memory_bytes, bool) or not isinstance(memory_bytes, (int, float, np.integer)):
+            raise TypeError(f"CacheConfig.fit: memory_bytes must be a number of bytes, got {memory_bytes!r}")
         one = cls(num_pages=1, **arguments)
         sized = [g for g in one.layer_groups if g.num_pages is None]
         if not sized:

@@ -299,12 +299,8 @@ def init_cache(
 
     Example: see `MultiHeadDotProductAttention`.
     """
-    if isinstance(config, CacheConfig):
-        kv = _cache.init(config)
-    elif isinstance(config, PagedKVCache):
-        kv = config
-    else:
-        raise TypeError(f"config: expected a CacheConfig or a PagedKVCache, got {_checks.describe(config)}")
+    _checks.instance("config", config, CacheConfig, PagedKVCache)
+    kv = _cache.init(config) if isinstance(config, CacheConfig) else config
     announced: dict[tuple[Path, int | None], Any] = {}
     others = _without_layers(variables.get("cache", {}), (), announced)
     if scanned_in is not None:

@@ -65,11 +65,9 @@ class PagedCache(nnx.Module):
 
     def __init__(self, cache: CacheConfig | PagedKVCache):
         """See the class."""
-        if isinstance(cache, CacheConfig):
-            cache = _cache.init(cache)
-        elif not isinstance(cache, PagedKVCache):
-            raise TypeError(f"cache: expected a CacheConfig or a PagedKVCache, got {_checks.describe(cache)}")
-        self.state = CacheState(_forward.Forward(cache))
+        _checks.instance("cache", cache, CacheConfig, PagedKVCache)
+        kv = _cache.init(cache) if isinstance(cache, CacheConfig) else cache
+        self.state = CacheState(_forward.Forward(kv))
 
     @property
     def kv(self) -> PagedKVCache:

@@ -929,8 +929,15 @@ _LONG: Any = np.array([2**31, 0, 0, 0])
 _FLOAT: Any = 4.0
 _NAME: Any = "cuda"
 _DICT: Any = {"num_layers": 2}
+_NOTHING: Any = None
 _KV, _Q = jnp.zeros((8, 1, 4)), jnp.zeros((8, 2, 4))
 _ALIGNED = _KV.reshape(4, 2, 1, 4)
+
+
+def _both(*values: Any) -> Any:
+    return values
+
+
 BAD_CALLS: dict[str, Any] = {
     "extend: neither": (lambda c, s: paxcache.extend(c, _NONE), "num_tokens"),
     "extend: both": (lambda c, s: paxcache.extend(c, _NONE, num_tokens=4, max_query_len=1), "num_tokens"),
@@ -970,6 +977,18 @@ BAD_CALLS: dict[str, Any] = {
     "gather_dense: length": (lambda c, s: paxcache.gather_dense(c, 0, 0), "max_len"),
     "gather_dense: layer": (lambda c, s: paxcache.gather_dense(c, 2, 4), "layer"),
     "init: no config": (lambda c, s: paxcache.init(_DICT), "config"),
+    "extend: what extend returned": (lambda c, s: paxcache.extend(_both(c, s), _NONE, num_tokens=4), "cache"),
+    "append: what extend returned": (lambda c, s: paxcache.append(_both(c, s), 0, _KV, _KV, s), "cache"),
+    "append: no step": (lambda c, s: paxcache.append(c, 0, _KV, _KV, _NOTHING), "step"),
+    "attend: no cache": (lambda c, s: paxcache.attend(_NOTHING, 0, _Q, s), "cache"),
+    "attend: what extend returned": (lambda c, s: paxcache.attend(c, 0, _Q, _both(c, s)), "step"),
+    "fork: no cache": (lambda c, s: paxcache.fork(_NOTHING, jnp.array([0]), jnp.array([1])), "cache"),
+    "reorder: no cache": (lambda c, s: paxcache.reorder(_DICT, _NONE), "cache"),
+    "truncate: no cache": (lambda c, s: paxcache.truncate(s, _NONE), "cache"),
+    "release: no cache": (lambda c, s: paxcache.release(_NOTHING, jnp.ones(4, bool)), "cache"),
+    "gather_dense: no cache": (lambda c, s: paxcache.gather_dense(_NOTHING, 0, 4), "cache"),
+    "stats: no cache": (lambda c, s: paxcache.stats(_both(c, s)), "cache"),
+    "check: no cache": (lambda c, s: paxcache.check(_both(c, s)), "cache"),
     "check: traced": (lambda c, s: jax.jit(paxcache.check)(c), "jit"),
 }  # fmt: skip
 
@@ -1023,6 +1042,9 @@ def test_config_fit_takes_the_most_pages_that_fit(spare):
     assert config == paxcache.CacheConfig(num_pages=config.num_pages, **arguments)
     with pytest.raises(ValueError, match="memory_bytes"):
         paxcache.CacheConfig.fit(memory_bytes=page_bytes - 1, **arguments)
+    unit: Any = "1 GiB"
+    with pytest.raises(TypeError, match="memory_bytes"):
+        paxcache.CacheConfig.fit(memory_bytes=unit, **arguments)
 
 
 def test_config_is_hashable_and_frozen():
