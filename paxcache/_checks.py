@@ -77,11 +77,15 @@ def bool_array(name: str, value: Any, dims: str, **sizes: int) -> jax.Array:
     return array(name, value, dims, dtype=jnp.bool_, **sizes)
 
 
-def instance(name: str, value: Any, *kinds: type) -> None:
-    """Refuses what is of none of the classes, such as the tuple that a call returned; names the type of what came."""
+def instance(name: str, value: Any, *kinds: type, source: str = "") -> None:
+    """Refuses what is of none of the classes, such as a tuple that a call returned; `source` says where one is from."""
+
+    def article(kind):
+        return f"{'an' if kind.__name__[0] in 'AEIOUaeiou' else 'a'} {kind.__name__}"
+
     if not isinstance(value, kinds):
-        wanted = " or a ".join(kind.__name__ for kind in kinds)
-        raise TypeError(f"{name}: expected a {wanted}, got a {type(value).__name__}")
+        wanted = " or ".join(map(article, kinds)) + (f" (from {source})" if source else "")
+        raise TypeError(f"{name}: expected {wanted}, got {article(type(value))}")
 
 
 def static_int(name: str, value: Any, *, minimum: int) -> int:

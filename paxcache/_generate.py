@@ -658,12 +658,10 @@ def _prepare(
     """Checks a request and makes its first state. Changes and donates nothing."""
     if not callable(model_fn):
         raise TypeError(f"model_fn: expected a function, got {model_fn!r}")
-    if not isinstance(cache, PagedKVCache):
-        raise TypeError(f"cache: expected a PagedKVCache, got {type(cache).__name__}")
-    if not isinstance(sampling, Sampling):
-        raise TypeError(f"sampling: expected a Sampling, got {sampling!r}")
-    if index is not None and not isinstance(index, device.DeviceIndex):
-        raise TypeError(f"index: expected a prefix.device.DeviceIndex, got {type(index).__name__}")
+    _checks.instance("cache", cache, PagedKVCache)
+    _checks.instance("sampling", sampling, Sampling)
+    if index is not None:
+        _checks.instance("index", index, device.DeviceIndex, source="prefix.device.init")
     swaps = None
     if host_pages is not None:
         if _checks.is_traced(params, cache, prompts, prompt_lens, limits):

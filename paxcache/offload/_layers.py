@@ -174,8 +174,7 @@ def land(
 
 
 def _find_layer(layer: Layer, arrival: Arrival) -> tuple[int, int]:
-    if not isinstance(arrival, Arrival):
-        raise TypeError(f"arrival: expected an Arrival (from begin_swap_in or begin_resume), got {arrival!r}")
+    _checks.instance("arrival", arrival, Arrival, source="begin_swap_in or begin_resume")
     sizes = [len(blocks) for blocks in arrival.blocks]
     if isinstance(layer, tuple):
         group, index = (_checks.static_int("layer", part, minimum=0) for part in layer)

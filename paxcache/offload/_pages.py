@@ -198,6 +198,8 @@ def pages_of(cache: PagedKVCache) -> tuple[Pages, ...]:
 
 def check_extent(name: str, cache: PagedKVCache, extent: Extent) -> None:
     """Blocks that fit the cache's pages in structure, shape and dtype."""
+    _checks.instance("cache", cache, PagedKVCache)
+    _checks.instance(name, extent, Extent, source="swap_out")
     if len(extent.blocks) != len(cache.groups):
         raise ValueError(
             f"{name}: expected pages of {len(cache.groups)} groups, got those of {len(extent.blocks)}"

@@ -38,8 +38,7 @@ _DIRECT_BYTES = 2**21
 
 def _check(cache: PagedKVCache, index: Index, tier: HostTier) -> None:
     _host._check_cache(cache, index)
-    if not isinstance(tier, HostTier):
-        raise TypeError(f"tier: expected a HostTier (from offload.init_tier), got {tier!r}")
+    _checks.instance("tier", tier, HostTier, source="offload.init_tier")
     if _pages.shapes_of(_pages.pages_of(cache)) != tier.shapes:
         raise ValueError("tier: made for another config: its pages have other shapes than the cache's")
 

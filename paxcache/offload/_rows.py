@@ -81,8 +81,7 @@ def init(config: CacheConfig, num_pages: int | tuple[int, ...], *, memory_kind: 
       >>> host.capacity.tolist(), host.used.tolist()
       ([64], [0])
     """
-    if not isinstance(config, CacheConfig):
-        raise TypeError(f"config: expected a CacheConfig, got {config!r}")
+    _checks.instance("config", config, CacheConfig)
     return account("num_pages", len(config.layer_groups), num_pages, memory_kind)
 
 
@@ -99,8 +98,8 @@ def account(name: str, num_groups: int, num_pages: int | tuple[int, ...], memory
 
 
 def _check_host(cache: PagedKVCache, host: Host) -> None:
-    if not isinstance(host, Host):
-        raise TypeError(f"host: expected a Host (from offload.init), got {host!r}")
+    _checks.instance("cache", cache, PagedKVCache)
+    _checks.instance("host", host, Host, source="offload.init")
     if host.capacity.shape != (len(cache.groups),):
         raise ValueError(
             f"host: expected one of {len(cache.groups)} groups, got one of {host.capacity.shape[0]}"
@@ -286,8 +285,7 @@ def take_rows(
 ) -> tuple[PagedKVCache, Host, tuple[Int32[Array, "N"], ...], Bool[Array, ""]]:
     """A `resume` without the copy: also says where the ticket's pages go."""
     _check_host(cache, host)
-    if not isinstance(ticket, Ticket):
-        raise TypeError(f"ticket: expected a Ticket (from preempt), got {ticket!r}")
+    _checks.instance("ticket", ticket, Ticket, source="preempt")
     _pages.check_extent("ticket", cache, ticket.extent)
     N, M = ticket.seq_lens.shape[0], cache.max_pages_per_seq
     for table in ticket.block_tables:

@@ -166,8 +166,7 @@ def init_tier(
 
     Reference: SGLang's HiCache; FastDeploy's cache manager; Mooncake (Qin et al., 2025).
     """
-    if not isinstance(config, CacheConfig):
-        raise TypeError(f"config: expected a CacheConfig, got {config!r}")
+    _checks.instance("config", config, CacheConfig)
     capacity = _pages.by_group("num_pages", num_pages, len(config.layer_groups), minimum=0)
     _pages.space(memory_kind)
     shapes = _pages.shapes_of(_cache.page_shapes(config))

@@ -134,8 +134,7 @@ class _Layout:
 
     def read_extent(self, extent: offload.Extent, num_keys: int) -> tuple[list[list[np.ndarray]], np.ndarray]:
         """Checks an extent. Its leaves as bytes [N, bytes], by group, and the groups of each entry as a mask i64[N]."""
-        if not isinstance(extent, offload.Extent):
-            raise TypeError(f"extent: expected an Extent (from offload.swap_out), got {extent!r}")
+        _checks.instance("extent", extent, offload.Extent, source="offload.swap_out")
         if len(extent.blocks) != self.num_groups:
             raise ValueError(
                 f"extent: expected pages of {self.num_groups} groups, got those of {len(extent.blocks)}"
@@ -230,8 +229,7 @@ class Storage:
           TypeError: an argument is of another type.
           OSError: the place cannot be read or written.
         """
-        if not isinstance(config, CacheConfig):
-            raise TypeError(f"config: expected a CacheConfig, got {config!r}")
+        _checks.instance("config", config, CacheConfig)
         layout = _Layout(config)
         whole = layout.num_bytes((1 << layout.num_groups) - 1)
         max_bytes = _checks.static_int("max_bytes", max_bytes, minimum=whole)

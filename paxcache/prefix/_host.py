@@ -57,8 +57,7 @@ def init(config: CacheConfig, *, epoch: int = 0, events: bool = False) -> Index:
 
     Reference: RadixAttention of SGLang (Zheng et al., 2024).
     """
-    if not isinstance(config, CacheConfig):
-        raise TypeError(f"config: expected a CacheConfig, got {config!r}")
+    _checks.instance("config", config, CacheConfig)
     groups = config.layer_groups
     epoch = _check_epoch(epoch, minimum=0)
     return Index(
@@ -819,6 +818,8 @@ def take_events(index: Index) -> tuple[Index, tuple[Event, ...]]:
 
 
 def _check_cache(cache: PagedKVCache, index: Index) -> None:
+    _checks.instance("cache", cache, PagedKVCache)
+    _checks.instance("index", index, Index, source="prefix.init")
     if isinstance(cache.seq_lens, Tracer):
         raise TypeError("the host index reads the cache on the host; inside jit use paxcache.prefix.device")
     sizes = (cache.page_size, cache.max_pages_per_seq, tuple(g.ref_counts.shape[0] for g in cache.groups))

@@ -96,8 +96,7 @@ def init(config: CacheConfig, *, capacity: int | None = None) -> DeviceIndex:
 
     Reference: RadixAttention of SGLang (Zheng et al., 2024), as arrays.
     """
-    if not isinstance(config, CacheConfig):
-        raise TypeError(f"config: expected a CacheConfig, got {config!r}")
+    _checks.instance("config", config, CacheConfig)
     groups = config.layer_groups
     if any(g.sliding_window is not None for g in groups):
         raise NotImplementedError("prefix.device: groups with a sliding window; use the host index for them")
@@ -565,6 +564,8 @@ def held(cache: PagedKVCache, index: DeviceIndex) -> tuple[Int32[Array, "P"], ..
 
 
 def _check_cache(cache: PagedKVCache, index: DeviceIndex) -> None:
+    _checks.instance("cache", cache, PagedKVCache)
+    _checks.instance("index", index, DeviceIndex, source="prefix.device.init")
     if cache.page_size != index.tokens.shape[-1] or len(cache.groups) != len(index.pages):
         raise ValueError(
             f"index: made for {len(index.pages)} groups of page_size {index.tokens.shape[-1]}, the cache has "
