@@ -336,6 +336,7 @@ FEATURES = [
     Case(lens=(), kv_heads=1, head_dim=128, group=7, page_size=128, causal=False, sinks=True),
     Case(lens=(), kv_heads=8, head_dim=128, group=4, page_size=8, window=100, sinks=True),
     Case(lens=(), kv_heads=4, head_dim=192, group=4, page_size=8, soft_cap=30.0),
+    Case(lens=(), kv_heads=4, head_dim=256, group=2),
     Case(lens=(), kv_heads=8, head_dim=128, quantization="fp8_e4m3"),
     Case(
         lens=(),

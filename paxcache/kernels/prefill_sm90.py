@@ -158,7 +158,7 @@ def default_config(*, head_dim: int, dtype: Any, limits: DeviceLimits | None = N
         num_programs=limits.num_sms,
         block_kv=block_kv,
         key_stages=stages // 2,
-        value_stages=stages - stages // 2,
+        value_stages=stages // 2,  # one more gains nothing
         output_over_queries=not apart,
         raw_stages=raw_stages,
     )
