@@ -351,7 +351,7 @@ def fill_parts(x: Any, fill: float, bits: Any, part_len: int, *, interpreted: bo
     return inlined(put)(x, bits)
 
 
-def keep_columns(x: Any, fill: float, *, after: Any, last: Any, interpreted: bool) -> Any:
+def keep_columns(x: Any, fill: float, *, last: Any, after: Any = None, interpreted: bool) -> Any:
     """A matrix with `fill` for the columns of each row that are not kept, in the layout of the matrix unit.
 
     Compares a number a row with constants. What Pallas makes of an iota keeps a register for each column in a loop.
@@ -359,16 +359,18 @@ def keep_columns(x: Any, fill: float, *, after: Any, last: Any, interpreted: boo
     Args:
       x: f32[64, N].
       fill: what stands for the rest.
-      after, last: i32[64], in the layout's reduction: columns in (after, last] are kept; None: there is no such bound.
+      last: i32[64], in the layout's reduction: the last column of each row that is kept.
+      after: i32[64] likewise, the column before the first that is kept; None: none is left out there.
       interpreted: whether the interpreter runs the kernel.
     """
     if interpreted:
         columns = jnp.arange(x.shape[1])[None]
-        kept = True if last is None else columns <= last[:, None]
-        kept &= True if after is None else columns > after[:, None]
+        kept = columns <= last[:, None]
+        if after is not None:
+            kept &= columns > after[:, None]
         return jnp.where(kept, x, fill)
     signed = arith.CmpIPredicate
-    given = [(order, b) for order, b in ((signed.slt, after), (signed.sge, last)) if b is not None]
+    given = [(signed.sge, last)] if after is None else [(signed.slt, after), (signed.sge, last)]
 
     def keep(_, x, *bounds):
         pair, (_, lane) = ir.VectorType.get((2,), ir.F32Type.get()), _place()
