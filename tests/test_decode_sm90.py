@@ -49,6 +49,21 @@ CASES = {
     ),
     "lanes that take turns": Case(lens=(200, 90), kv_heads=4, lanes=2),
     "more heads than registers": Case(lens=(70, 3), head_dim=128, kv_heads=1, group=64, sinks=True),
+    "float32": Case(lens=(130, 70), head_dim=128, kv_heads=1, dtype=jnp.float32),
+    "float32, several queries, holes, sinks, head dim 96": Case(
+        lens=(150, 64, 5),
+        query_lens=(3, 2, 1),
+        max_query_len=4,
+        head_dim=96,
+        group=3,
+        kv_heads=1,
+        holes=((0, 2),),
+        sinks=True,
+        dtype=jnp.float32,
+    ),
+    "float32, head dim 256, window, soft cap, pages of 48": Case(
+        lens=(300,), head_dim=256, kv_heads=1, page_size=48, window=90, soft_cap=2.0, dtype=jnp.float32
+    ),
     "fp8_e4m3": Case(lens=(300, 0, 70), head_dim=128, kv_heads=1, quantization="fp8_e4m3"),
     "fp8_e5m2, window, holes, sinks, soft cap": Case(
         lens=(300, 190, 5),
@@ -82,7 +97,12 @@ CASES = {
 def make_config(case: Case, ranges: int | None = None) -> decode_sm90.Config:
     """The configuration for an H200, or one of a few ranges that the interpreter gets through."""
     made = decode_sm90.default_config(
-        **shapes(case), dtype=case.kv_dtype, limits=_mosaic.DeviceLimits(), piece_len=case.piece_len
+        **shapes(case),
+        num_heads=case.kv_heads * case.group,
+        head_dim=case.head_dim,
+        dtype=case.kv_dtype,
+        limits=_mosaic.DeviceLimits(),
+        piece_len=case.piece_len,
     )
     if case.block_tokens is not None:
         blocks = -(-case.max_query_len // case.block_tokens)
@@ -100,9 +120,7 @@ def make_config(case: Case, ranges: int | None = None) -> decode_sm90.Config:
 
 def shapes(case: Case) -> dict[str, int]:
     return {
-        "num_heads": case.kv_heads * case.group,
         "num_kv_heads": case.kv_heads,
-        "head_dim": case.head_dim,
         "page_size": case.page_size,
         "max_query_len": case.max_query_len,
     }
@@ -280,6 +298,19 @@ FEATURES = [
     Case(lens=(), kv_heads=1, head_dim=128, group=16, page_size=128, soft_cap=30.0, sinks=True, window=100),
     Case(lens=(), kv_heads=8, head_dim=128, page_size=32, max_query_len=8, piece_len=512, window=100),
     Case(lens=(), kv_heads=3, head_dim=64, group=1, page_size=48, max_query_len=8, causal=False),
+    Case(lens=(), kv_heads=8, head_dim=128, dtype=jnp.float32),
+    Case(lens=(), kv_heads=8, head_dim=64, group=1, dtype=jnp.float32, page_size=8, window=100, sinks=True),
+    Case(
+        lens=(),
+        kv_heads=2,
+        head_dim=96,
+        group=7,
+        dtype=jnp.float32,
+        max_query_len=16,
+        page_size=48,
+        window=100,
+    ),
+    Case(lens=(), kv_heads=2, head_dim=256, dtype=jnp.float32, max_query_len=16, soft_cap=30.0, sinks=True),
     Case(lens=(), kv_heads=8, head_dim=128, quantization="fp8_e4m3"),
     Case(lens=(), kv_heads=8, head_dim=128, group=8, quantization="int8", max_query_len=2, soft_cap=30.0),
     Case(lens=(), kv_heads=8, head_dim=128, quantization="int4", window=100, sinks=True, page_size=64),
@@ -296,9 +327,9 @@ def all_features() -> list[Case]:
             max_query_len=queries, window=window, soft_cap=soft_cap, sinks=window is not None, piece_len=piece_len,
         )
         for head_dim in (64, 96, 128, 192, 256)
-        for dtype in (jnp.bfloat16, jnp.float16)
+        for dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
         for group in (1, 4, 5, 7, 8, 16)
-        for queries in (1, 2, 4, 8)
+        for queries in ((1, 16) if dtype == jnp.float32 else (1, 2, 4, 8))
         for page_size, window, soft_cap, piece_len in (
             (16, None, None, None), (128, 100, None, 512), (8, None, 30.0, None), (48, 100, 30.0, None),
         )

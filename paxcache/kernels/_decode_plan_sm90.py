@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 TILE = 64  # tokens a tile: the rows of one matrix instruction
 COUNTER_SETS = 8  # that layers use in turn
 MAX_PIECES = 32  # of a pair where their length is fixed: longer rows get longer pieces
-MAX_ACCUMULATOR = 32 * 128  # columns times head dim that fit a warpgroup's registers beside the scores
 MIN_TILES = 6  # shorter ranges pay more for joins than a second program an SM gains
 
 # Columns of Plan.lines for a range: where it begins; its tiles and pieces; how many later ranges continue the pair
@@ -46,6 +45,8 @@ class Config:
     """What the device holds at once, a multiple of `lanes`."""
     min_programs: int
     """Programs that get work where there is little: one an SM, a multiple of `lanes`."""
+    group_parts: int
+    """Parts that the query heads of a KV head are taken in: not all may fit the registers at once."""
     lanes: int
     """Neighbouring programs that do the same ranges for different pairs of a row, in step."""
     num_stages: int
@@ -89,26 +90,13 @@ class Plan:
     made_for: Shape = dataclasses.field(metadata={"static": True})
 
 
-def padded_head_dim(head_dim: int) -> int:
-    """In whole row blocks of the matrix unit, which writes O^T."""
-    return -(-head_dim // 64) * 64
-
-
-def largest_group(num_heads: int, head_dim: int) -> int:
-    """Query heads handled at once, of those that share a KV head: all, or a part that fits the registers."""
-    most = MAX_ACCUMULATOR // padded_head_dim(head_dim)
-    return max(n for n in range(1, min(num_heads, most) + 1) if num_heads % n == 0)
-
-
 def decode_plan(
     block_tables: Int32[Array, "B M"],
     seq_lens: Int32[Array, "B"],
     query_starts: Int32[Array, "B"],
     query_lens: Int32[Array, "B"],
     *,
-    num_heads: int,
     num_kv_heads: int,
-    head_dim: int,
     page_size: int,
     max_query_len: int = 1,
     sliding_window: Int32[Array, ""] | int | None = None,
@@ -120,7 +108,7 @@ def decode_plan(
       block_tables: i32[B, M].
       seq_lens: i32[B], with the new tokens.
       query_starts, query_lens: i32[B] a row's first query token and its number of them.
-      num_heads, num_kv_heads, head_dim, page_size: H, K, D, S.
+      num_kv_heads, page_size: K, S.
       max_query_len: most query tokens of a row that is served; rows with more are left alone.
       sliding_window: tokens a query sees, itself included; pages left of it are not read.
       config: the launch configuration.
@@ -132,9 +120,7 @@ def decode_plan(
     B, M = block_tables.shape
     shape = plan_shape(
         num_rows=B,
-        num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
         page_size=page_size,
         max_query_len=max_query_len,
         windowed=sliding_window is not None,
@@ -223,19 +209,17 @@ def decode_plan(
 def plan_shape(
     *,
     num_rows: int,
-    num_heads: int,
     num_kv_heads: int,
-    head_dim: int,
     page_size: int,
     max_query_len: int,
     windowed: bool,
     config: Config,
 ) -> Shape:
     """The form of the plan that `decode_plan` makes; a plan of another form is of no use to `decode`."""
-    head_groups = num_heads // largest_group(num_heads // num_kv_heads, head_dim)
+    blocks = -(-max_query_len // config.block_tokens)
     return Shape(
         num_rows=num_rows,
-        pairs=head_groups * -(-max_query_len // config.block_tokens),
+        pairs=num_kv_heads * config.group_parts * blocks,
         page_size=page_size,
         max_query_len=max_query_len,
         windowed=windowed,

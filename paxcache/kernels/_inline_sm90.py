@@ -171,6 +171,62 @@ def load_bytes(ref: Any, dtype: Any, *, transposed: bool, interpreted: bool) -> 
     return inlined(load)(ref)
 
 
+def load_floats(
+    ref: Any, first: tuple[int, int], shape: tuple[int, int], *, transposed: bool, interpreted: bool
+) -> Any:
+    """A block of a tile of float32 in registers, as the matrix unit takes its left operand.
+
+    Four addresses serve a thread: all others are a constant away. What Pallas makes of it keeps one for each register.
+
+    Args:
+      ref: f32[tokens, columns] in shared memory, with the transforms of `matrix_tiles`; a multiple of 32 columns.
+      first: the block's first token and column, multiples of 8 and of 32.
+      shape: its tokens and columns; what becomes its rows is 64.
+      transposed: whether that is its columns.
+      interpreted: whether the interpreter runs the kernel.
+    """
+    if interpreted:
+        block = ref[...][tuple(slice(a, a + n) for a, n in zip(first, shape, strict=True))]
+        return block.T if transposed else block
+    layout, swizzle, row_bytes = fragmented_array.WGMMA_LAYOUT, 128, 4 * ref.shape[1]
+    if transposed:
+        shape = shape[1], shape[0]
+
+    def load(_, ref):
+        f32, i8 = ir.F32Type.get(), ir.IntegerType.get_signless(8)
+        pair, base = ir.VectorType.get((2,), f32), mgpu_utils.memref_ptr(ref)
+        warp, lane = _place()
+        line = arith.addi(
+            arith.muli(warp, _i32(16)), arith.divui(lane, _i32(4))
+        )  # the upper of a thread's two rows
+        column = arith.muli(arith.remui(lane, _i32(4)), _i32(2))  # and the first of its columns
+        eight_tokens, eight_columns = 8 * row_bytes, 8 * swizzle  # from a tile to the next
+        start = first[0] // 8 * eight_tokens + first[1] // 32 * eight_columns
+
+        def at(token, byte, further):
+            address = arith.addi(_tile_address(token, byte, row_bytes, swizzle), _i32(start + further))
+            return mgpu_utils.getelementptr(base, [address], i8)
+
+        registers = np.empty(layout.registers_shape(shape), dtype=object)
+        flat = registers.reshape(shape[1] // 8, 2)
+        for eight, half in np.ndindex(flat.shape):
+            if transposed:
+                byte = arith.muli(arith.addi(line, _i32(8 * half)), _i32(4))
+                tokens = [arith.addi(column, _i32(j)) for j in range(2)]
+                numbers = [llvm.load(f32, at(token, byte, eight * eight_tokens)) for token in tokens]
+                flat[eight, half] = vector.from_elements(pair, numbers)
+            else:
+                byte = arith.addi(arith.muli(column, _i32(4)), _i32(eight % 4 * 32))
+                further = half * eight_tokens + eight // 4 * eight_columns
+                flat[eight, half] = llvm.load(pair, at(line, byte, further))
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    result: Any = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA)
+    transforms = plgpu.RefType(matrix_tiles(row_bytes, jnp.dtype(jnp.float32)))
+    inlined: Any = plgpu.inline_mgpu(arg_types=(transforms,), return_type=result)
+    return inlined(load)(ref)
+
+
 def store_queries(raw: Any, ref: Any, *, tile_bytes: int, interpreted: bool) -> None:
     """Copies queries as float16, with columns in the order of `load_bytes`; what is too large saturates.
 
@@ -351,6 +407,28 @@ def fill_parts(x: Any, fill: float, bits: Any, part_len: int, *, interpreted: bo
     return inlined(put)(x, bits)
 
 
+def reciprocal(x: Any, *, interpreted: bool) -> Any:
+    """1 / x to float32's last bit, in the layout of the matrix unit; a division takes more of everything."""
+    if interpreted:
+        return 1 / x
+
+    def invert(_, x):
+        f32 = ir.F32Type.get()
+        registers = np.empty_like(x.registers)
+        for at in np.ndindex(registers.shape):
+            numbers = [vector.extract(x.registers[at], [], [j]) for j in range(2)]
+            inverse = [
+                mgpu_utils.inline_ptx("rcp.approx.ftz.f32 $0, $1;", n, result_types=f32) for n in numbers
+            ]
+            registers[at] = vector.from_elements(x.registers[at].type, inverse)
+        return type(x)(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    layout: Any = plgpu.Layout.WGMMA
+    shape: Any = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout)
+    inlined: Any = plgpu.inline_mgpu(arg_types=(layout,), return_type=shape)
+    return inlined(invert)(x)
+
+
 def keep_columns(x: Any, fill: float, *, last: Any, after: Any = None, interpreted: bool) -> Any:
     """A matrix with `fill` for the columns of each row that are not kept, in the layout of the matrix unit.
 
@@ -494,6 +572,23 @@ def issue_loads(*, interpreted: bool) -> None:
     if not interpreted:
         inlined: Any = plgpu.inline_mgpu()(lambda _: mgpu_utils.warp_barrier())
         inlined()
+
+
+def recomputed(x: Any, *, interpreted: bool) -> Any:
+    """The same i32, unknown to the compilers: what is computed from it once more need not be kept in registers."""
+    if interpreted:
+        return x
+
+    def move(_, x):
+        i32 = ir.IntegerType.get_signless(32)
+        (number,) = x.registers.reshape(-1)
+        moved = mgpu_utils.inline_ptx("mov.b32 $0, $1;", number, result_types=i32, has_side_effects=True)
+        return type(x)(_registers=np.full_like(x.registers, moved), _layout=x.layout, _is_signed=x.is_signed)
+
+    scalar: Any = plgpu.Layout.WG_SPLAT(())
+    result: Any = plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar)
+    inlined: Any = plgpu.inline_mgpu(arg_types=(scalar,), return_type=result)
+    return inlined(move)(x)
 
 
 def gather(ref: Any, index: Any, layout: Any, *, interpreted: bool = False) -> Any:

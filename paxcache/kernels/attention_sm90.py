@@ -3,7 +3,8 @@
 
 Where no row can have more than FEW_QUERIES query tokens, as in decoding, also with speculation, all go to the decode
 kernel. In every other step, also in a packed one of any size, rows with a single one do, and those with more to the
-prefill kernel, in a launch of its own: a step may hold any mix, which the host never reads.
+prefill kernel, in a launch of its own: a step may hold any mix, which the host never reads. float32 rows with more are
+cut into rows of FEW_QUERIES, all for the decode kernel.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import jax.numpy as jnp
 
 from paxcache._quantize import QuantizedPages
 from paxcache.kernels import _decode_plan_sm90, _prefill_plan_sm90, decode_sm90, prefill_sm90
-from paxcache.kernels._attention import Step, fitting, groups
-from paxcache.kernels._attention_sm90 import check_supported, operand_dtype
+from paxcache.kernels._attention import FEW_QUERIES, Step, fitting, groups
+from paxcache.kernels._attention_sm90 import check_supported, num_parts, query_dtype
 from paxcache.kernels._mosaic import DeviceLimits
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
+
+    Rows = tuple[Int32[Array, "B M"], Int32[Array, "B"], Int32[Array, "B"], Int32[Array, "B"]]
+    """Block tables, lengths, first query tokens and numbers of query tokens."""
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +49,29 @@ class _Shapes(Step):
     limits: DeviceLimits | None = None
 
     @property
+    def is_float32(self) -> bool:
+        """Whether the prefill kernel takes no rows."""
+        return num_parts(self.dtype) > 1
+
+    @property
+    def is_mixed(self) -> bool:
+        return super().is_mixed and not self.is_float32
+
+    @property
+    def decode_query_len(self) -> int:
+        return min(self.max_query_len, FEW_QUERIES) if self.is_float32 else super().decode_query_len
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether rows are cut into rows of `decode_query_len` query tokens."""
+        return self.is_float32 and self.max_query_len > FEW_QUERIES
+
+    @property
+    def decode_rows(self) -> int:
+        """Rows of the decode kernel: each row, and one more for each FEW_QUERIES tokens after its first."""
+        return self.num_rows + self.num_tokens // FEW_QUERIES if self.cuts_rows else self.num_rows
+
+    @property
     def padded_tokens(self) -> int:
         """Query tokens, at least a tile of the prefill kernel."""
         if not self.is_mixed:
@@ -53,13 +80,14 @@ class _Shapes(Step):
 
     def for_decode(self) -> dict[str, Any]:
         shapes = {
-            "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
             "page_size": self.page_size,
             "max_query_len": self.decode_query_len,
         }
-        return shapes | {"config": decode_sm90.default_config(**shapes, dtype=self.dtype, limits=self.limits)}
+        config = decode_sm90.default_config(
+            **shapes, num_heads=self.num_heads, head_dim=self.head_dim, dtype=self.dtype, limits=self.limits
+        )
+        return shapes | {"config": config}
 
     def for_prefill(self) -> dict[str, Any]:
         config = prefill_sm90.default_config(head_dim=self.head_dim, dtype=self.dtype, limits=self.limits)
@@ -73,11 +101,33 @@ class _Shapes(Step):
 
     def decode_shape(self) -> _decode_plan_sm90.Shape:
         return _decode_plan_sm90.plan_shape(
-            num_rows=self.num_rows, windowed=self.windowed, **self.for_decode()
+            num_rows=self.decode_rows, windowed=self.windowed, **self.for_decode()
         )
 
     def prefill_shape(self) -> _prefill_plan_sm90.Shape:
         return _prefill_plan_sm90.plan_shape(num_rows=self.num_rows, **self.for_prefill())
+
+
+def _rows_of_decode(rows: Rows, shapes: _Shapes, causal: bool) -> Rows:
+    """The rows as the decode kernel gets them: a long float32 one as several, which see the same pages."""
+    if not shapes.cuts_rows:
+        return rows
+    if shapes.windowed and not causal:
+        raise NotImplementedError(
+            "attention_sm90: float32 rows of more than "
+            f"{FEW_QUERIES} query tokens with sliding_window must be causal, got causal=False"
+        )
+    tables, seq_lens, starts, lens = rows
+    parts = jnp.maximum(-(-lens // FEW_QUERIES), 1)
+    ids = jnp.arange(shapes.num_rows, dtype=jnp.int32)
+    ends = jnp.sum(jnp.where(ids[None, :] <= ids[:, None], parts, 0), axis=1, dtype=jnp.int32)
+    ids = jnp.arange(shapes.decode_rows, dtype=jnp.int32)
+    row = jnp.minimum(jnp.sum(ends[None, :] <= ids[:, None], axis=1, dtype=jnp.int32), shapes.num_rows - 1)
+    queries = lens[row]
+    begin = jnp.minimum((ids - (ends[row] - parts[row])) * FEW_QUERIES, queries)  # past the last: nothing
+    end = jnp.minimum(begin + FEW_QUERIES, queries)
+    length = seq_lens[row] - (queries - end if causal else 0)
+    return tables[row], jnp.where(seq_lens[row] > 0, length, 0), starts[row] + begin, end - begin
 
 
 def make_plan(
@@ -119,7 +169,7 @@ def make_plan(
         head_dim=head_dim,
         v_head_dim=head_dim,
         page_size=page_size,
-        q_dtype=operand_dtype(dtype),
+        q_dtype=query_dtype(dtype),
         kv_dtype=dtype,
         limits=limits,
     )
@@ -140,7 +190,10 @@ def make_plan(
             limits=limits,
         )
         if shapes.decode_shape() not in decode:
-            plan = _decode_plan_sm90.decode_plan(*rows, **shapes.for_decode(), sliding_window=sliding_window)
+            of_decode = _rows_of_decode(rows, shapes, causal)
+            plan = _decode_plan_sm90.decode_plan(
+                *of_decode, **shapes.for_decode(), sliding_window=sliding_window
+            )
             decode[plan.made_for] = plan
         if shapes.is_mixed and shapes.prefill_shape() not in prefill:
             plan = _prefill_plan_sm90.prefill_plan(
@@ -184,7 +237,7 @@ def paged_attention(
     """
     (T, H, D), (_, _, K, S, _), q_dtype = q.shape, k_pages.shape, q.dtype
     if isinstance(k_pages, QuantizedPages) and q_dtype == jnp.float32:
-        q = q.astype(operand_dtype(k_pages.dtype))
+        q = q.astype(query_dtype(k_pages.dtype))
     check_supported(
         "attention_sm90",
         head_dim=D,
@@ -236,16 +289,15 @@ def paged_attention(
         "causal": causal,
         "interpret": interpret,
     }
-    pools = k_pages, k_pages if v_pages is None else v_pages, layer, block_tables
+    pools = k_pages, k_pages if v_pages is None else v_pages, layer
+    rows = _rows_of_decode((block_tables, seq_lens, query_starts, query_lens), shapes, causal)
     padding = shapes.padded_tokens - T
     if padding:
         q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
     out, lse = decode_sm90.decode(
         q,
         *pools,
-        seq_lens,
-        query_starts,
-        query_lens,
+        *rows,
         max_query_len=decode_plan.made_for.max_query_len,
         return_lse=return_lse,
         plan=decode_plan,
@@ -253,7 +305,7 @@ def paged_attention(
         **options,
     )
     if prefill_plan is not None:
-        out, lse = prefill_sm90.prefill(out, q, *pools, lse=lse, plan=prefill_plan, **options)
+        out, lse = prefill_sm90.prefill(out, q, *pools, block_tables, lse=lse, plan=prefill_plan, **options)
     if padding:
         out, lse = out[:T], None if lse is None else lse[:T]
     return out.astype(q_dtype), lse

@@ -24,6 +24,9 @@ is multiplied by its key's scale. A value's scale joins its weight's exponent, `
 log2(e) + log2(scale))``, so that the largest weight of a column is 1 whatever the scales are: float16 has no room for
 others. The denominator takes it off again.
 
+float32 pages are streamed as they are too. The matrix unit knows no float32: a number becomes three of bfloat16 in
+registers, whose sum it is, and a product six, the small ones first. What is left out is below float32's last bit.
+
 Reference: flash decoding (Dao et al., 2023) for the split; FlashInfer (Ye et al., 2025) for balanced work lists.
 """
 
@@ -31,6 +34,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +45,15 @@ from jax.custom_batching import sequential_vmap
 
 from paxcache import _quantize
 from paxcache._quantize import QuantizedPages
-from paxcache.kernels._attention_sm90 import LOG2E, check_supported, operand_dtype, soft_cap
+from paxcache.kernels._attention_sm90 import (
+    LOG2E,
+    check_supported,
+    num_parts,
+    operand_dtype,
+    parts_of,
+    query_dtype,
+    soft_cap,
+)
 from paxcache.kernels._decode_plan_sm90 import (
     COUNTER_SETS,
     FIRST,
@@ -49,7 +61,6 @@ from paxcache.kernels._decode_plan_sm90 import (
     JOIN_PARTS,
     LEN,
     LOW,
-    MAX_ACCUMULATOR,
     MAX_PIECES,
     NEXT,
     NEXT_LEN,
@@ -75,13 +86,12 @@ from paxcache.kernels._decode_plan_sm90 import (
     count_joins,
     count_pieces,
     decode_plan,
-    largest_group,
-    padded_head_dim,
     tiles_of_piece,
 )
 from paxcache.kernels._inline_sm90 import (
     arrive,
     load_bytes,
+    load_floats,
     reduce_columns,
     store_queries,
     store_untransposed,
@@ -109,6 +119,10 @@ SHARED_COLUMNS = 16  # with at most so many columns, half of them where the head
 QUANTIZED_CONSUMERS = 3
 QUANTIZED_ACCUMULATOR = 8 * 128  # with so small an accumulator
 QUANTIZED_COLUMNS = 8  # and so few columns.
+# Columns times head dim that fit a warpgroup's registers beside the scores; fewer beside parts of float32.
+MAX_ACCUMULATOR = 32 * 128
+MAX_FLOAT_ACCUMULATOR = 16 * 128
+FLOAT_COLUMNS = 32  # of a block of float32, whose parts are in registers at once
 MAX_LANES = 8
 STREAM_BYTES_SHARED = 128 * 1024  # of keys and values in flight in an SM, with two thread blocks
 STREAM_BYTES_ALONE = 96 * 1024  # and with one; more of either and the memory answers more slowly
@@ -150,6 +164,16 @@ class _Case:
         return self.dtype in _quantize.BY_DTYPE
 
     @property
+    def num_parts(self) -> int:
+        """Numbers of the matrix unit that a key, a value, a query or a weight becomes."""
+        return num_parts(self.dtype)
+
+    @property
+    def by_registers(self) -> bool:
+        """Whether tiles go to the matrix unit through registers, in another type."""
+        return self.quantized or self.num_parts > 1
+
+    @property
     def may_be_nan(self) -> bool:
         """Whether what lies in slots past a row's end can be NaN or infinite."""
         return jnp.issubdtype(self.dtype, jnp.floating)
@@ -157,7 +181,12 @@ class _Case:
     @property
     def tile_bytes(self) -> int:
         """Of the matrix unit's operands the rows that are tiled alike."""
-        return _tile_bytes(self.head_dim, self.dtype)
+        return _operand_bytes(self.head_dim, self.dtype)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of tiles of keys and values, as pages hold them, the rows that are tiled alike."""
+        return _stored_bytes(self.head_dim, self.dtype)
 
     @property
     def operand(self) -> Any:
@@ -227,9 +256,10 @@ def default_config(
 ) -> Config:
     """Several programs an SM where shared memory and registers allow it, with enough but not too much in flight."""
     limits, dtype = device_limits() if limits is None else limits, jnp.dtype(dtype)
-    group = largest_group(num_heads // num_kv_heads, head_dim)
-    padded_dim = padded_head_dim(head_dim)
-    block_tokens = max(1, min(max_query_len, MAX_ACCUMULATOR // padded_dim // group))
+    padded_dim, heads = padded_head_dim(head_dim), num_heads // num_kv_heads
+    most = (MAX_ACCUMULATOR if num_parts(dtype) == 1 else MAX_FLOAT_ACCUMULATOR) // padded_dim
+    group = max(n for n in range(1, min(heads, most) + 1) if heads % n == 0)
+    block_tokens = max(1, min(max_query_len, most // group))
     columns = -(-group * block_tokens // 8) * 8
     one_stage = _scratch(
         columns=columns,
@@ -238,6 +268,7 @@ def default_config(
         block_tokens=block_tokens,
         num_stages=1,
         dtype=dtype,
+        q_dtype=query_dtype(dtype),
     )
     stage = _stage_bytes(head_dim, dtype)
     rest = _smem_bytes(one_stage) - stage
@@ -251,6 +282,7 @@ def default_config(
     else:
         shared_columns = SHARED_COLUMNS if padded_dim == head_dim else SHARED_COLUMNS // 2
         share = columns <= shared_columns and accumulator <= SHARED_ACCUMULATOR and rest + 2 * stage <= half
+        share = share and num_parts(dtype) == 1  # whose registers would not let them
         sharing, room = (2, half) if share else (1, limits.smem_bytes_per_block)
     programs = sharing * limits.num_sms
     stream_bytes = STREAM_BYTES_SHARED if share and consumers == 1 else STREAM_BYTES_ALONE
@@ -271,6 +303,7 @@ def default_config(
     return Config(
         num_programs=programs // lanes * lanes,
         min_programs=limits.num_sms // lanes * lanes,
+        group_parts=heads // group,
         lanes=lanes,
         num_stages=max(1, min(wanted, (room - rest) // stage)),
         block_tokens=block_tokens,
@@ -280,14 +313,24 @@ def default_config(
     )
 
 
+def padded_head_dim(head_dim: int) -> int:
+    """In whole row blocks of the matrix unit, which writes O^T."""
+    return -(-head_dim // 64) * 64
+
+
 def _copy_len(page_size: int, head_dim: int, dtype: Any) -> int:
     """Tokens of one copy: what divides pages and tiles, or 8, contiguous when tiled, where copied values are padded."""
     padded = padded_head_dim(head_dim) > head_dim and dtype not in _quantize.BY_DTYPE
     return 8 if padded else math.gcd(page_size, TILE)
 
 
-def _tile_bytes(head_dim: int, dtype: Any) -> int:
+def _operand_bytes(head_dim: int, dtype: Any) -> int:
     return head_dim * operand_dtype(dtype).itemsize
+
+
+def _stored_bytes(head_dim: int, dtype: Any) -> int:
+    form = _quantize.BY_DTYPE.get(dtype)
+    return head_dim * dtype.itemsize if form is None else head_dim // form.per_element * dtype.itemsize
 
 
 def _stage_bytes(head_dim: int, dtype: Any) -> int:
@@ -313,23 +356,27 @@ def _scratch(
     """The shared memory of a thread block; each of its programs has an equal part of every buffer."""
     N, D, DP, C, stages = columns, head_dim, padded_head_dim(head_dim), consumers, consumers * num_stages
     copies = TILE // _copy_len(page_size, head_dim, dtype)
-    form, operand = _quantize.BY_DTYPE.get(dtype), operand_dtype(dtype)
-    width = D if form is None else D // form.per_element
-    tiles = matrix_tiles(_tile_bytes(D, dtype), operand)  # one swizzle for all operands
+    operand, quantized = operand_dtype(dtype), dtype in _quantize.BY_DTYPE
+    # One swizzle for all operands.
+    operand_bytes = _operand_bytes(D, dtype) if num_parts(dtype) == 1 else FLOAT_COLUMNS * operand.itemsize
+    tiles = matrix_tiles(operand_bytes, operand)
+    stored = matrix_tiles(_stored_bytes(D, dtype), dtype)
+    width = _stored_bytes(D, dtype) // dtype.itemsize
 
-    def matrix(*shape: int) -> Any:
-        return plgpu.SMEM(shape, operand, transforms=tiles)
+    def parts(columns: int) -> Any:
+        return plgpu.SMEM((C, num_parts(dtype), N, columns), operand, transforms=tiles)
 
-    if form is None:
-        streamed = {"k_s": matrix(stages, TILE, D), "v_s": matrix(stages, TILE, DP)}
-    else:
-        raw = plgpu.SMEM((stages, TILE, width), dtype, transforms=matrix_tiles(width * dtype.itemsize, dtype))
+    def pages(columns: int) -> Any:
+        return plgpu.SMEM((stages, TILE, columns), dtype, transforms=stored)
+
+    streamed = {"k_s": pages(width), "v_s": pages(width if quantized else DP)}
+    if quantized:
         scales = plgpu.SMEM((stages, TILE), jnp.float32)
-        streamed = {"k_s": raw, "v_s": raw, "k_scales": scales, "v_scales": scales}
+        streamed |= {"k_scales": scales, "v_scales": scales}
     return streamed | {
         "q_raw": plgpu.SMEM((C, N, DP), q_dtype),
-        "q_s": matrix(C, N, DP),
-        "p_s": matrix(C, N, TILE),
+        "q_s": parts(DP),
+        "p_s": parts(TILE),
         "o_s": plgpu.SMEM((C, N, DP), q_dtype),
         "maxima": plgpu.SMEM((C, 2, WARPS, N), jnp.float32),
         "notes": plgpu.SMEM((C, NOTES + num_stages), jnp.int32),
@@ -738,11 +785,46 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
 
             return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((num_rows, N), jnp.float32))
 
+        def product_of_parts(tile, columns, num_rows, *, transposed):
+            """float32 keys, or values transposed, times the parts of queries or weights, the small ones first."""
+            which = [(i, last - i) for last in reversed(range(case.num_parts)) for i in range(last + 1)]
+            blocks = itertools.product(range(0, num_rows, 64), range(0, columns.shape[-1], FLOAT_COLUMNS))
+
+            def factors(row, column):
+                """The pairs of parts of a block of 64 rows."""
+                first, shape = (row, column), (64, FLOAT_COLUMNS)
+                if transposed:
+                    first, shape = (column, row), (FLOAT_COLUMNS, 64)
+                parts = parts_of(
+                    load_floats(tile, first, shape, transposed=transposed, **interpreted), case.dtype
+                )
+                return [(parts[i], columns.at[j, :, pl.ds(column, FLOAT_COLUMNS)].T) for i, j in which]
+
+            def multiply(acc):
+                for row, column in blocks:
+                    for a, b in factors(row, column):
+                        plgpu.wgmma(acc.at[pl.ds(row, 64)] if num_rows > 64 else acc, a, b)
+                    plgpu.wgmma_wait(0)  # the registers are free for the next block
+                return acc[...]
+
+            if case.interpreted:  # which knows no products of registers
+                by_row = {}
+                for row, column in blocks:
+                    products = [
+                        lax.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))
+                        for a, b in factors(row, column)
+                    ]
+                    by_row[row] = by_row.get(row, 0.0) + sum(products)
+                return jnp.concatenate(list(by_row.values()))
+            return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((num_rows, N), jnp.float32))
+
         def scores(slot):
-            keys = k_s.at[slot]
+            keys, queries = k_s.at[slot], q_s.at[:, :, pl.ds(0, D)] if DP > D else q_s
+            if case.num_parts > 1:
+                return product_of_parts(keys, queries, TILE, transposed=False)
             if case.quantized:
                 keys = load_bytes(keys, case.dtype, transposed=False, **interpreted)
-            return product(keys, (q_s.at[:, pl.ds(0, D)] if DP > D else q_s).T, TILE)
+            return product(keys, queries.at[0].T, TILE)
 
         def values_of(slot):
             """[head dim, tokens]."""
@@ -767,9 +849,8 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
 
         def clean_values(slot, low, high, holes):
             """Zeros for tokens that are not the row's: 0 * NaN would be NaN."""
-            tile_bytes = v_s.shape[-1] * case.dtype.itemsize if case.quantized else case.tile_bytes
-            zero_rows(v_s.at[slot], low, high, holes, copy_len, tile_bytes=tile_bytes, **interpreted)
-            if case.quantized:
+            zero_rows(v_s.at[slot], low, high, holes, copy_len, tile_bytes=case.stored_bytes, **interpreted)
+            if case.by_registers:
                 plgpu.commit_smem()  # all threads' zeros, before others load them
 
         def fetch_queries(place):
@@ -797,9 +878,11 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
 
             plgpu.barrier_wait(q_full.at[consumer])  # this piece's queries are in q_raw
             if case.quantized:
-                store_queries(q_raw, q_s, tile_bytes=case.tile_bytes, **interpreted)
+                store_queries(q_raw, q_s.at[0], tile_bytes=case.tile_bytes, **interpreted)
             else:
-                q_s.T[...] = plgpu.load(q_raw.T, layout=MATRIX_T, optimized=False)
+                queries = plgpu.load(q_raw.T, layout=MATRIX_T, optimized=False)
+                for j, part in enumerate(parts_of(queries, case.dtype)):
+                    q_s.at[j].T[...] = part
             plgpu.commit_smem()  # all threads' queries, before the matrix unit reads them; q_raw may be overwritten
             pl.when(number + 1 < num_pieces)(lambda: fetch_queries(next_place))
 
@@ -814,10 +897,10 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 if case.quantized:
                     of_keys, log_of_values, inverse_of_values = scales_of(slot)
                 s = scores(slot) * of_keys
-                if not case.quantized:
+                if not case.by_registers:
                     plgpu.barrier_arrive(k_free.at[slot])  # the keys may be overwritten
                 if case.soft_cap is not None:
-                    s = soft_cap(s, case.soft_cap)
+                    s = soft_cap(s, case.soft_cap, **interpreted)
                 if case.quantized:
                     s = s + log_of_values
                 tokens = plgpu.broadcasted_iota(jnp.int32, (TILE, N), 0, layout=MATRIX)
@@ -832,7 +915,8 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 weight = p * inverse_of_values if case.quantized else p
                 l = l * _per_column(rescale, TILE) + weight  # added up over the tokens once a piece
                 acc = acc * _per_column(rescale, DP)
-                p_s.T[...] = plgpu.layout_cast(p.astype(case.operand), MATRIX_T)
+                for j, part in enumerate(parts_of(p, case.dtype)):
+                    p_s.at[j].T[...] = plgpu.layout_cast(part, MATRIX_T)
 
                 plgpu.barrier_wait(v_full.at[slot])  # this tile's values
                 foreign = jnp.logical_or(length - base < (t + 1) * TILE, holes != 0)
@@ -845,10 +929,15 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 # All threads' p_s and values, before the matrix unit reads them; and what threads have read themselves,
                 # as they do quantised tiles, before the copy engine writes there.
                 plgpu.commit_smem()
+                if case.by_registers:
+                    plgpu.barrier_arrive(k_free.at[slot])  # keys and scales may be overwritten
                 if case.quantized:
-                    plgpu.barrier_arrive(k_free.at[slot])  # keys, values and scales may be overwritten
-                    plgpu.barrier_arrive(v_free.at[slot])
-                acc = acc + product(values, p_s.T, DP)
+                    plgpu.barrier_arrive(v_free.at[slot])  # and the values, which are in registers
+                if case.num_parts > 1:
+                    acc = acc + product_of_parts(v_s.at[slot], p_s, DP, transposed=True)
+                    plgpu.commit_smem()  # what threads have read, before the copy engine writes there
+                else:
+                    acc = acc + product(values, p_s.at[0].T, DP)
                 if not case.quantized:
                     plgpu.barrier_arrive(v_free.at[slot])  # the values may be overwritten
                 return acc, m_new, l
@@ -978,14 +1067,12 @@ def decode(
         kv_dtype=k_pages.dtype,
     )
     shapes: dict[str, Any] = {
-        "num_heads": H,
         "num_kv_heads": K,
-        "head_dim": D,
         "page_size": S,
         "max_query_len": max_query_len,
     }
     if config is None:
-        config = default_config(**shapes, dtype=k_pages.dtype)
+        config = default_config(**shapes, num_heads=H, head_dim=D, dtype=k_pages.dtype)
     if interpret is not None:  # which starves on two cores where more than three warpgroups of a block wait
         config = dataclasses.replace(config, fused_join=False, consumers=1)
     if plan is None:
@@ -998,11 +1085,10 @@ def decode(
             sliding_window=sliding_window,
             config=config,
         )
-    group = largest_group(H // K, D)
     case = _Case(
-        head_groups=H // group,
-        groups_per_kv_head=H // K // group,
-        group=group,
+        head_groups=K * config.group_parts,
+        groups_per_kv_head=config.group_parts,
+        group=H // K // config.group_parts,
         head_dim=D,
         page_size=S,
         max_query_len=max_query_len,

@@ -34,12 +34,13 @@ from jax.custom_batching import sequential_vmap
 
 from paxcache import _quantize
 from paxcache._quantize import QuantizedPages
-from paxcache.kernels._attention_sm90 import LOG2E, check_supported, soft_cap
+from paxcache.kernels._attention_sm90 import LOG2E, check_supported, num_parts, soft_cap
 from paxcache.kernels._inline_sm90 import (
     dequantize,
     fill_parts,
     gather,
     keep_columns,
+    recomputed,
     zero_rows,
 )
 from paxcache.kernels._mosaic import (
@@ -248,7 +249,8 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
 
     def pages_of(row, first, in_sight, mine):
         """The pages of a block's copies, one in sight where there is none: its tokens are masked later."""
-        return [tables[row, jnp.clip(lax.div(first + i * copy_len, S), *in_sight)] for i in mine]
+        copy = lax.div(first, copy_len)
+        return [tables[row, jnp.clip(lax.div(copy + i, S // copy_len), *in_sight)] for i in mine]
 
     def drain(free, stages, count):
         """Waits for the last completions: who waits must see every one."""
@@ -275,14 +277,14 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             def one_item(round_id, base):
                 line, head_item = item(round_id)
                 row, blocks = plan[line, ROW], plan[line, BLOCKS]
-                last_block = plan[line, FIRST_BLOCK] + blocks - 1
-                in_sight, kv_head = pages_in_sight(line), kv_head_of(line, head_item)
+                last_start = (plan[line, FIRST_BLOCK] + blocks - 1) * block
                 if with_queries:
                     copy_queries(line, head_item, round_id == 0)
+                in_sight, kv_head = pages_in_sight(line), kv_head_of(line, head_item)
 
                 def step(t, _):
                     slot = lax.rem(base + t, stages)
-                    first = (last_block - t) * block
+                    first = last_start - t * block
                     # Read before the wait, so that the latency hides behind it.
                     pages = pages_of(row, first, in_sight, mine)
                     # Both consumers arrive at `free` when they have read the slot's last block, and each warp waits
@@ -299,14 +301,16 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 drain_queries(total)
 
         parts = min(2, copies)
+        by_part = [range(x * copies // parts, (x + 1) * copies // parts) for x in range(parts)]
+        streams = [functools.partial(stream, "k", mine, False) for mine in by_part]
+        streams += [functools.partial(stream, "v", mine, mine is by_part[-1]) for mine in by_part]
 
         def warp(index):
-            for x in range(parts):
-                mine = range(x * copies // parts, (x + 1) * copies // parts)
-                keys = functools.partial(stream, "k", mine, False)
-                values = functools.partial(stream, "v", mine, x == parts - 1)
-                pl.when(index == x)(keys)
-                pl.when(index == 2 + x)(values)
+            def run(x):  # nested, so that the index takes no register while a stream runs
+                if x < len(streams):
+                    lax.cond(index == x, streams[x], lambda: run(x + 1))
+
+            run(0)
 
         plgpu.warp_map(warp)
 
@@ -441,7 +445,8 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 plan[line, x] for x in columns
             )
             offset, head = tokens_and_head(line, head_item, wg)
-            position = position + offset
+            last_start = (first_block + blocks - 1) * block
+            ahead = position + offset - last_start  # of the first query, of block 0's first key
 
             def key_slot(t):
                 return lax.rem(base + t, config.key_stages)
@@ -450,7 +455,7 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 return lax.rem(base + t, config.value_stages)
 
             def block_start(t):
-                return (first_block + blocks - 1 - t) * block
+                return last_start - t * block
 
             def scores(acc, slot):
                 for d in range(chunks):
@@ -458,6 +463,7 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
 
             def holes_of(t):
                 """A bit for each copy of a block that would have come from a hole."""
+                line, _ = item(recomputed(round_id, interpreted=not on_gpu))
                 (first, last), row = pages_in_sight(line), plan[line, ROW]
                 holes = jnp.int32(0)
                 for i in range(copies):
@@ -466,11 +472,11 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 return holes
 
             def mask(s, t):
-                start = block_start(t)
-                own = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=EACH_ROW) + (position - start)
+                own = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=EACH_ROW) + (ahead + t * block)
                 last = own
                 if not case.causal:
-                    last = plgpu.layout_cast(jnp.full((ROWS,), 0, jnp.int32) + (length - start - 1), EACH_ROW)
+                    end = length - block_start(t) - 1
+                    last = plgpu.layout_cast(jnp.full((ROWS,), 0, jnp.int32) + end, EACH_ROW)
                 after = own - window if case.windowed else None
                 return keep_columns(s, MASKED, after=after, last=last, interpreted=not on_gpu)
 
@@ -478,7 +484,7 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
                 """New maximum and denominator, the factor of what was summed up, and the weights."""
                 factor = scale
                 if case.soft_cap is not None:
-                    s, factor = soft_cap(s * scale, case.soft_cap), 1.0
+                    s, factor = soft_cap(s * scale, case.soft_cap, interpreted=not on_gpu), 1.0
                 if masked:
                     s, factor = mask(s * factor, t), 1.0
                     if holes is not None:  # most blocks have none
@@ -590,6 +596,8 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
             acc, m, l, p = carry
             if not config.output_over_queries:
                 plgpu.barrier_arrive(q_free.at[wg])  # another item's queries may come
+            line, head_item = item(recomputed(round_id, interpreted=not on_gpu))
+            offset, head = tokens_and_head(line, head_item, wg)
             # Read before the last product, which hides their latency.
             token, skip, count = (plan[line, x] for x in (TOKEN, SKIP, COUNT))
             slot = value_slot(blocks - 1)
@@ -749,6 +757,8 @@ def prefill(
         q_dtype=q.dtype,
         kv_dtype=k_pages.dtype,
     )
+    if num_parts(k_pages.dtype) > 1:
+        raise NotImplementedError(f"prefill_sm90: pages must be of halves or quantised, got {k_pages.dtype}")
     case = _Case(
         num_heads=H,
         num_kv_heads=K,
