@@ -118,7 +118,7 @@ def make_config(case: Case, ranges: int | None = None) -> decode_sm90.Config:
     return made
 
 
-def shapes(case: Case) -> dict[str, int]:
+def shapes(case: Case) -> dict[str, Any]:
     return {
         "num_kv_heads": case.kv_heads,
         "page_size": case.page_size,

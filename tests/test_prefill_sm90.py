@@ -16,7 +16,15 @@ from jax.sharding import PartitionSpec as Spec
 
 import aot
 import rows
-from paxcache.kernels import _mosaic, _prefill_plan_sm90, attention_sm90, decode_sm90, prefill_sm90
+from paxcache.kernels import (
+    _decode_plan_sm90,
+    _mosaic,
+    _prefill_plan_sm90,
+    attention_sm90,
+    decode_sm90,
+    mixed_sm90,
+    prefill_sm90,
+)
 from paxcache.kernels._attention_sm90 import check_supported
 from rows import Case, make_inputs, pool_shape
 
@@ -118,6 +126,73 @@ def few_programs(monkeypatch):
 
     monkeypatch.setattr(prefill_sm90, "default_config", small_prefill)
     monkeypatch.setattr(decode_sm90, "default_config", small_decode)
+
+
+def test_interpreted_with_a_share_of_the_programs(monkeypatch):
+    """The plans of one launch of both kinds of blocks. The interpreter runs two: it knows no such launch."""
+    own = mixed_sm90.configs
+
+    def few(*arguments):
+        made = own(*arguments)
+        assert made is not None
+        programs = 3 * made[0].lanes
+        decode = dataclasses.replace(made[0], num_programs=programs, min_programs=programs, consumers=1)
+        return decode, dataclasses.replace(made[1], num_programs=4)
+
+    monkeypatch.setattr(mixed_sm90, "configs", few)
+    case = Case(
+        lens=(150, 40, 0, 70, 33),
+        query_lens=(1, 40, 0, 1, 20),
+        kv_heads=1,
+        gaps=True,
+        tail=3,
+        sinks=True,
+        window=90,
+    )
+    inputs = make_inputs(case, seed=1)
+    out, lse = run(case, inputs, interpret=_mosaic.interpreter(detect_races=True))
+    assert lse is not None
+    assert_right(case, inputs, out, lse)
+    assert not interpret_pallas_call.get_races().races_found
+
+
+def shared_plan(lens: list[int], query_lens: list[int]) -> tuple[Any, Any]:
+    """The plans of a step of a model of 32 and 8 heads of 128, for an H200."""
+    num_tokens, starts = sum(query_lens), np.cumsum([0, *query_lens[:-1]])
+    arrays = (
+        jnp.asarray(x, jnp.int32)
+        for x in (np.zeros((len(lens), max(lens) // 16 + 1)), lens, starts, query_lens)
+    )
+    plan = attention_sm90.make_plan(
+        *arrays, num_tokens=num_tokens, num_heads=32, num_kv_heads=8, head_dim=128, page_size=16,
+        max_query_len=num_tokens, dtype=jnp.bfloat16, sliding_window=None, causal=True, limits=_mosaic.DeviceLimits(),
+    )  # fmt: skip
+    return plan.decode[0], plan.prefill[0]
+
+
+@pytest.mark.parametrize(
+    ("lens", "query_lens", "decoding", "prefilling"),
+    [
+        pytest.param(
+            [4096] * 60 + [5120] * 4, [1] * 60 + [1024] * 4, (16, 32), (100, 116), id="as much of both"
+        ),
+        pytest.param([4096] * 120 + [2048], [1] * 120 + [512], (60, 64), (68, 72), id="much to decode"),
+        pytest.param([1024] * 8 + [8192], [1] * 8 + [8192], (64, 64), (132, 132), id="little to decode"),
+        pytest.param([600] * 16, [600] * 16, (64, 64), (132, 132), id="nothing to decode"),
+        pytest.param([600] * 60, [1] * 60, (60, 64), (68, 132), id="nothing to prefill"),
+    ],
+)
+def test_share_of_the_sms(lens, query_lens, decoding, prefilling):
+    decode, prefill = shared_plan(lens, query_lens)
+    config = decode.made_for.config
+    num_ranges = config.num_programs // config.lanes
+    busy = int(decode.lines[num_ranges, _decode_plan_sm90.BUSY_BLOCKS])
+    assert decoding[0] <= busy <= decoding[1]
+    assert prefilling[0] <= prefill.lines[0, _prefill_plan_sm90.PROGRAMS] <= prefilling[1]
+    # All tiles lie in ranges of blocks that have work.
+    tiles = np.asarray(decode.lines[:num_ranges, _decode_plan_sm90.TILES])
+    assert tiles.sum() == sum(-(-n // 64) for n, q in zip(lens, query_lens, strict=True) if q == 1)
+    assert not tiles[busy * config.consumers // config.lanes :].any()
 
 
 # What they add, other cases show too, and the interpreter takes its time.
@@ -418,6 +493,45 @@ def assert_fits(case: Case, compiled: aot.Compiled) -> None:
 @pytest.mark.parametrize("number", range(len(FEATURES)))
 def test_compiles_without_spills(number):
     assert_fits(FEATURES[number], compile_case(FEATURES[number]))
+
+
+@pytest.mark.skipif(not aot.available(), reason="JAX's CUDA plug-in is not installed")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(lens=(), kv_heads=8, head_dim=128),
+        Case(
+            lens=(),
+            kv_heads=8,
+            head_dim=128,
+            page_size=48,
+            window=100,
+            soft_cap=30.0,
+            sinks=True,
+            dtype=jnp.float16,
+        ),
+        Case(lens=(), kv_heads=2, head_dim=64, group=5, page_size=8, window=100),
+        Case(lens=(), kv_heads=4, head_dim=192, group=8, page_size=128, soft_cap=30.0),
+    ],
+)
+def test_both_kinds_of_blocks_compile_without_spills(case):
+    B, M, T, i32 = 16, 64, 2048, jnp.int32
+    row = jax.ShapeDtypeStruct((B,), i32)
+    H = case.kv_heads * case.group
+    q, pool = jax.ShapeDtypeStruct((T, H, case.head_dim), case.dtype), pool_shape(case, 1000)
+
+    def f(q, k, v, layer, tables, lens, starts, query_lens, window, sinks):
+        return attention_sm90.paged_attention(
+            q, k, v, tables, lens, starts, query_lens, layer, max_query_len=T, sm_scale=0.1, soft_cap=case.soft_cap,
+            sliding_window=None if case.window is None else window, sinks=sinks if case.sinks else None, causal=True,
+            return_lse=True, plan=None, limits=_mosaic.DeviceLimits(),
+        )  # fmt: skip
+
+    scalar, tables = jax.ShapeDtypeStruct((), i32), jax.ShapeDtypeStruct((B, M), i32)
+    sinks = jax.ShapeDtypeStruct((H,), jnp.float32)
+    compiled = aot.compile_for_h200(f, q, pool, pool, scalar, tables, row, row, row, scalar, sinks)
+    assert [kernel.name.startswith("paxcache_mixed") for kernel in compiled.kernels] == [True]
+    assert_fits(case, compiled)
 
 
 def lengthened(case: Case) -> Case:

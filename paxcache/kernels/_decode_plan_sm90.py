@@ -32,8 +32,10 @@ MIN_TILES = 6  # shorter ranges pay more for joins than a second program an SM g
 ROW, TURN, FIRST, TILES, PIECES, PARTS, JOIN, JOIN_PARTS, NEXT_PARTS, LEN, LOW, QUERIES, START, PAGES = range(
     14
 )
-# And for a row: about itself, and about the next row that has work.
-ROW_LEN, ROW_LOW, ROW_QUERIES, ROW_START, NEXT, NEXT_LEN, NEXT_LOW, NEXT_QUERIES, NEXT_START = range(9)
+# And for a row: about itself, and about the next row that has work; beside prefill, how many blocks have work.
+ROW_LEN, ROW_LOW, ROW_QUERIES, ROW_START, NEXT, NEXT_LEN, NEXT_LOW, NEXT_QUERIES, NEXT_START, BUSY_BLOCKS = (
+    range(10)
+)
 SECTOR = 8  # int32 in a memory sector, to which lines are padded
 
 
@@ -57,6 +59,9 @@ class Config:
     """Partial results that a join loads at once; with more the registers no longer let two programs share an SM."""
     consumers: int = 1
     """Programs of a thread block, which share the warps that start copies."""
+    beside_prefill: int = 0
+    """Query heads a KV head where other blocks of the launch prefill, and the plan says how many ranges have work; 0:
+    the launch is decode's alone."""
     piece_len: int | None = None
     """Tokens of a piece, a multiple of 64: pairs are cut by their own length alone, so that a row's result does not
     depend on its batch, bit for bit. None: pairs are cut where the balance wants it."""
@@ -100,6 +105,7 @@ def decode_plan(
     page_size: int,
     max_query_len: int = 1,
     sliding_window: Int32[Array, ""] | int | None = None,
+    num_ranges: Int32[Array, ""] | None = None,
     config: Config,
 ) -> Plan:
     """Cuts the visible tokens of a step into balanced ranges, on the device; lengths are dynamic, shapes are not.
@@ -111,6 +117,7 @@ def decode_plan(
       num_kv_heads, page_size: K, S.
       max_query_len: most query tokens of a row that is served; rows with more are left alone.
       sliding_window: tokens a query sees, itself included; pages left of it are not read.
+      num_ranges: ranges that get work; None: all, or fewer where there is little.
       config: the launch configuration.
 
     Returns:
@@ -149,7 +156,8 @@ def decode_plan(
     # The flat list of a lane has `total` tiles; range g begins with tile start[g].
     total = tile_end[-1]
     most, fewest = config.num_programs // config.lanes, config.min_programs // config.lanes
-    num_ranges = jnp.where(total < MIN_TILES * most, fewest, most)
+    if num_ranges is None:
+        num_ranges = jnp.where(total < MIN_TILES * most, fewest, most)
     each, more = total // num_ranges, total % num_ranges
 
     def ranges_before(tile):
@@ -199,7 +207,11 @@ def decode_plan(
     about_rows = lens, low, queries, query_starts.astype(i32)
     by_range = row, turn, tile, num_tiles, num_pieces, parts, join, pair_stop - join, parts[1:]
     by_range = lines(most, *by_range, *(x[row] for x in about_rows), pages)
-    by_row = lines(B, *about_rows, following, *(x[following] for x in about_rows))
+    by_row = (*about_rows, following, *(x[following] for x in about_rows))
+    if config.beside_prefill:
+        busy = -(-num_ranges * config.lanes // config.consumers)
+        by_row = (*by_row, jnp.broadcast_to(busy, (B,)))
+    by_row = lines(B, *by_row)
     num_joins = count_joins(config, B, turns * config.lanes)
     # Zeros that the compiler cannot know to be zeros: constants may be shared, or made again for every layer.
     counters = jnp.broadcast_to(jnp.minimum(total, 0), (-(-(COUNTER_SETS * num_joins) // line_len), line_len))

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 ROWS = 64  # query rows of a consumer: the rows of one matrix instruction
 CONSUMERS = 2
 
-# Line 0 of a plan holds the number of tiles. Columns of a tile: row of the batch; first query token that the
-# program loads, and its position; which of the loaded tokens are the tile's: first and number; the first block of
-# keys; blocks; of these, from the last down, where those that may have holes end (0: there are none), and where those
-# seen in full begin and end; the length of the row.
+# Line 0 of a plan holds the number of tiles, and of the programs that share them. Columns of a tile: row of the batch;
+# first query token that the program loads, and its position; which of the loaded tokens are the tile's: first and
+# number; the first block of keys; blocks; of these, from the last down, where those that may have holes end (0: there
+# are none), and where those seen in full begin and end; the length of the row.
 ROW, TOKEN, POSITION, SKIP, COUNT, FIRST_BLOCK, BLOCKS, HOLES_END, FULL_BEGIN, FULL_END, LENGTH = range(11)
+PROGRAMS = 1
 SECTOR = 8  # int32 in a memory sector, to which lines are padded
 
 
@@ -40,6 +41,9 @@ class Config:
     """Blocks of values, which are read a step later."""
     output_over_queries: bool
     """Output tiles take the queries' shared memory: less is needed, and the next queries come later."""
+    beside_decode: int = 0
+    """Query heads a KV head where other blocks of the launch decode, and the plan says how many programs have work; 0:
+    the launch is prefill's alone."""
     raw_stages: int = 0
     """Blocks of keys, and as many of values, as quantised pages hold them: the one that is converted and the next."""
 
@@ -184,5 +188,7 @@ def prefill_plan(
     )
     lines = jnp.stack(columns, axis=1)
     lines = jnp.pad(lines, ((0, 0), (0, -lines.shape[1] % SECTOR)))
-    header = jnp.zeros((1, lines.shape[1]), i32).at[0, 0].set(ends[-1])
+    header = (
+        jnp.zeros((1, lines.shape[1]), i32).at[0, 0].set(ends[-1]).at[0, PROGRAMS].set(config.num_programs)
+    )
     return Plan(jnp.concatenate([header, jnp.zeros_like(lines).at[rank].set(lines)]), shape)

@@ -1,10 +1,11 @@
 """Paged attention on Hopper (sm_90a): which rows go to which kernel. Imports `_quantize`, `decode_sm90`,
-`prefill_sm90`, their plans and what they share.
+`prefill_sm90`, `mixed_sm90`, their plans and what they share.
 
 Where no row can have more than FEW_QUERIES query tokens, as in decoding, also with speculation, all go to the decode
 kernel. In every other step, also in a packed one of any size, rows with a single one do, and those with more to the
-prefill kernel, in a launch of its own: a step may hold any mix, which the host never reads. float32 rows with more are
-cut into rows of FEW_QUERIES, all for the decode kernel.
+prefill kernel: a step may hold any mix, which the host never reads. Both share a launch, `mixed_sm90`, where two of
+decode's programs fit an SM; pages that are quantised or as wide as 256 get two launches. float32 rows with more tokens
+are cut into rows of FEW_QUERIES, all for the decode kernel.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from paxcache._quantize import QuantizedPages
-from paxcache.kernels import _decode_plan_sm90, _prefill_plan_sm90, decode_sm90, prefill_sm90
+from paxcache.kernels import _decode_plan_sm90, _prefill_plan_sm90, decode_sm90, mixed_sm90, prefill_sm90
 from paxcache.kernels._attention import FEW_QUERIES, Step, fitting, groups
 from paxcache.kernels._attention_sm90 import check_supported, num_parts, query_dtype
-from paxcache.kernels._mosaic import DeviceLimits
+from paxcache.kernels._mosaic import DeviceLimits, device_limits
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
@@ -78,25 +79,33 @@ class _Shapes(Step):
             return self.num_tokens
         return max(self.num_tokens, _prefill_plan_sm90.tile_tokens(self.num_heads, self.num_kv_heads))
 
-    def for_decode(self) -> dict[str, Any]:
-        shapes = {
+    def _own_shapes(self) -> dict[str, Any]:
+        return {
             "num_kv_heads": self.num_kv_heads,
             "page_size": self.page_size,
             "max_query_len": self.decode_query_len,
         }
-        config = decode_sm90.default_config(
-            **shapes, num_heads=self.num_heads, head_dim=self.head_dim, dtype=self.dtype, limits=self.limits
-        )
-        return shapes | {"config": config}
+
+    def _configs(self) -> tuple[_decode_plan_sm90.Config, _prefill_plan_sm90.Config]:
+        more = {"head_dim": self.head_dim, "dtype": self.dtype, "limits": self.limits}
+        decode = decode_sm90.default_config(**self._own_shapes(), num_heads=self.num_heads, **more)
+        prefill = prefill_sm90.default_config(**more)
+        together = None
+        if self.is_mixed and self.head_dim % 64 == 0:
+            group = self.num_heads // self.num_kv_heads
+            together = mixed_sm90.configs(decode, prefill, group, self.limits or device_limits())
+        return together or (decode, prefill)
+
+    def for_decode(self) -> dict[str, Any]:
+        return self._own_shapes() | {"config": self._configs()[0]}
 
     def for_prefill(self) -> dict[str, Any]:
-        config = prefill_sm90.default_config(head_dim=self.head_dim, dtype=self.dtype, limits=self.limits)
         return {
             "num_tokens": self.padded_tokens,
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
             "min_query_len": 2,
-            "config": config,
+            "config": self._configs()[1],
         }
 
     def decode_shape(self) -> _decode_plan_sm90.Shape:
@@ -189,19 +198,27 @@ def make_plan(
             windowed=sliding_window is not None,
             limits=limits,
         )
+        for_decode, for_prefill = shapes.for_decode(), shapes.for_prefill() if shapes.is_mixed else {}
+        if for_decode["config"].beside_prefill:
+            kv_head_bytes = 2 * head_dim * jnp.dtype(dtype).itemsize
+            of_decode, of_prefill = mixed_sm90.make_plans(
+                rows,
+                for_decode,
+                for_prefill,
+                kv_head_bytes=kv_head_bytes,
+                sliding_window=sliding_window,
+                causal=causal,
+            )
+            decode[of_decode.made_for], prefill[of_prefill.made_for] = of_decode, of_prefill
+            continue
         if shapes.decode_shape() not in decode:
-            of_decode = _rows_of_decode(rows, shapes, causal)
             plan = _decode_plan_sm90.decode_plan(
-                *of_decode, **shapes.for_decode(), sliding_window=sliding_window
+                *_rows_of_decode(rows, shapes, causal), **for_decode, sliding_window=sliding_window
             )
             decode[plan.made_for] = plan
         if shapes.is_mixed and shapes.prefill_shape() not in prefill:
             plan = _prefill_plan_sm90.prefill_plan(
-                *rows,
-                **shapes.for_prefill(),
-                page_size=page_size,
-                sliding_window=sliding_window,
-                causal=causal,
+                *rows, **for_prefill, page_size=page_size, sliding_window=sliding_window, causal=causal
             )
             prefill[plan.made_for] = plan
     return Plan(tuple(decode.values()), tuple(prefill.values()))
@@ -294,6 +311,19 @@ def paged_attention(
     padding = shapes.padded_tokens - T
     if padding:
         q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
+    # The interpreter knows no launch of two kinds of blocks: it runs two with the same plans.
+    if prefill_plan is not None and prefill_plan.made_for.config.beside_decode and interpret is None:
+        del options["interpret"]
+        out, lse = mixed_sm90.attend(
+            q,
+            *pools,
+            *rows,
+            return_lse=return_lse,
+            decode_plan=decode_plan,
+            prefill_plan=prefill_plan,
+            **options,
+        )
+        return out[:T].astype(q_dtype), None if lse is None else lse[:T]
     out, lse = decode_sm90.decode(
         q,
         *pools,

@@ -55,6 +55,7 @@ from paxcache.kernels._attention_sm90 import (
     soft_cap,
 )
 from paxcache.kernels._decode_plan_sm90 import (
+    BUSY_BLOCKS,
     COUNTER_SETS,
     FIRST,
     JOIN,
@@ -138,7 +139,7 @@ ROW_OF_MATRIX = plgpu.Layout.WGMMA.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Case:
+class Case:
     """What is static in a call."""
 
     head_groups: int  # groups of query heads that share a KV head and are handled at once
@@ -161,6 +162,7 @@ class _Case:
 
     @property
     def quantized(self) -> bool:
+        """Whether pages hold numbers with scales."""
         return self.dtype in _quantize.BY_DTYPE
 
     @property
@@ -220,6 +222,7 @@ class _Case:
 
     @property
     def columns(self) -> int:
+        """Of a product: queries of a pair, padded."""
         return -(-self.group * self.config.block_tokens // 8) * 8
 
     @property
@@ -234,6 +237,7 @@ class _Case:
 
     @property
     def copy_len(self) -> int:
+        """Tokens of one copy."""
         return _copy_len(self.page_size, self.head_dim, self.dtype)
 
     @property
@@ -405,7 +409,7 @@ def _per_row(rows: Any, num_columns: int) -> Any:
     return lax.broadcast_in_dim(rows, (rows.shape[0], num_columns), [0])
 
 
-def _limits_of_columns(case: _Case, length: Any, num_queries: Any, first_query: Any, window: Any) -> Any:
+def _limits_of_columns(case: Case, length: Any, num_queries: Any, first_query: Any, window: Any) -> Any:
     """The first token that each column sees, or None, and the one after the last; scalars where all see the same.
 
     Args:
@@ -440,7 +444,7 @@ def _visible(tokens: Any, low: Any, high: Any, holes: Any, tile_start: Any, copy
     return seen if low is None else jnp.logical_and(seen, token >= limit(low))
 
 
-def _to_output_tile(values: Any, o_s: Any, case: _Case) -> None:
+def _to_output_tile(values: Any, o_s: Any, case: Case) -> None:
     """Puts [head dim, columns] into `o_s` as [columns, head dim], ready for the copy engine."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # earlier copies have left o_s
     if case.quantized and not case.interpreted:
@@ -456,13 +460,18 @@ def _copy_heads(o_s: Any, first_column: int, out: Any, token: Any, head: Any, gr
     plgpu.copy_smem_to_gmem(source, out.at[token, pl.ds(head * group, group)])
 
 
-def _zero_unowned(program: Any, row_line: Any, num_rows: int, out: Any, o_s: Any, case: _Case) -> None:
-    """Writes zeros for the tokens that no row owns: before the first row, between rows and after the last."""
-    num_tokens, programs = out.shape[0], case.config.num_programs
+def _zero_unowned(
+    program: Any, programs: Any, row_line: Any, num_rows: int, out: Any, o_s: Any, case: Case
+) -> None:
+    """Writes zeros for the tokens that no row owns: before the first row, between rows and after the last.
+
+    `programs` of them share the work.
+    """
+    num_tokens = out.shape[0]
 
     def zero(begin, end, step):
         """Of the tokens from `begin` on every `step`-th."""
-        count = lax.div(end - begin + (step - 1), jnp.int32(step))
+        count = lax.div(end - begin + (step - 1), jnp.asarray(step, jnp.int32))
 
         @pl.when(count > 0)
         def _():
@@ -488,7 +497,7 @@ def _zero_unowned(program: Any, row_line: Any, num_rows: int, out: Any, o_s: Any
         )
 
     # After the last row most of a packed step may be empty: where it can be long, all programs share it.
-    is_long = num_tokens - num_rows >= programs
+    is_long = num_tokens - num_rows >= case.config.num_programs
     num_gaps = num_rows if is_long else num_rows + 1
     gaps = jnp.where(program < programs, lax.div(num_gaps - 1 + programs - program, programs), 0)
     lax.fori_loop(0, gaps, gap, None)
@@ -496,7 +505,7 @@ def _zero_unowned(program: Any, row_line: Any, num_rows: int, out: Any, o_s: Any
         pl.when(program < programs)(lambda: zero(end_of(num_rows - 1) + program, num_tokens, programs))
 
 
-def _parts(case: _Case, join: Any) -> tuple[Any, Any, int]:
+def _parts(case: Case, join: Any) -> tuple[Any, Any, int]:
     """Where a cut pair's partial results lie: the first one, the second, and the step from there to the others."""
     if case.config.piece_len is None:
         return case.config.num_programs + join - case.config.lanes, join, case.config.lanes
@@ -504,7 +513,7 @@ def _parts(case: _Case, join: Any) -> tuple[Any, Any, int]:
 
 
 def _join(
-    case: _Case, partials: Any, stats: Any, first: Any, second: Any, step_by: int, others: Any
+    case: Case, partials: Any, stats: Any, first: Any, second: Any, step_by: int, others: Any
 ) -> tuple[Any, Any, Any]:
     """The sum, maximum and denominator of a cut pair, always added up in the order of the tokens."""
     chunk, DP = case.config.join_chunk, case.padded_dim
@@ -544,7 +553,7 @@ def _nothing(num_rows: int, columns: int, sum_shape: tuple[int, ...]) -> tuple[A
     )
 
 
-def _finish(case: _Case, acc: Any, m: Any, l: Any, where: Any, sinks: Any, outs: Any, o_s: Any) -> None:
+def _finish(case: Case, acc: Any, m: Any, l: Any, where: Any, sinks: Any, outs: Any, o_s: Any) -> None:
     """Normalises a pair's result and writes it."""
     row, pair, num_queries, start = where
     head, first_query = _head_and_first_query(case, pair)
@@ -569,7 +578,7 @@ def _finish(case: _Case, acc: Any, m: Any, l: Any, where: Any, sinks: Any, outs:
         outs["lse"][row, pair] = jnp.where(some, lse, jnp.full_like(l, -jnp.inf))
 
 
-def _head_and_first_query(case: _Case, pair: Any) -> tuple[Any, Any]:
+def _head_and_first_query(case: Case, pair: Any) -> tuple[Any, Any]:
     """The head group and the first query token of the row that a pair stands for."""
     if case.blocks == 1:
         return pair, 0
@@ -584,7 +593,7 @@ class _Walk:
     visible token (0 without a window), number of query tokens (1 where no row has more), first query token.
     """
 
-    case: _Case
+    case: Case
     plan: Any
     program: Any
 
@@ -658,7 +667,7 @@ class _Walk:
         return turn * self.case.config.lanes + self.lane
 
 
-def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
+def attend_body(refs: dict[str, Any], case: Case, block: Any, **scratch: Any) -> None:
     """One thread block: the pieces of its programs' ranges, in order."""
     config = case.config
     plan, tables = refs["plan"], refs["tables"]
@@ -667,11 +676,15 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
     k_free, v_free = (scratch[x] for x in ("k_free", "v_free"))
     G, S, D, DP, N = case.group, case.page_size, case.head_dim, case.padded_dim, case.columns
     copy_len, stages = case.copy_len, config.num_stages
-    block, thread = lax.axis_index("block"), lax.axis_index("thread")
+    thread = lax.axis_index("thread")
     layer = refs["layer"][0]
+    busy_blocks = plan[case.num_ranges, BUSY_BLOCKS] if config.beside_prefill else case.num_blocks
 
     def walk_of(consumer):
-        return _Walk(case, plan, consumer * case.num_blocks + block)
+        program = consumer * busy_blocks + block  # neighbours lie in neighbouring blocks
+        if config.beside_prefill:
+            program = jnp.where(block < busy_blocks, program, config.num_programs)
+        return _Walk(case, plan, program)
 
     @pl.when(thread == config.consumers)
     def _producers():
@@ -768,7 +781,8 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
         q_raw, q_s, p_s, o_s, maxima, own_notes = (
             scratch[x].at[consumer] for x in ("q_raw", "q_s", "p_s", "o_s", "maxima", "notes")
         )
-        _zero_unowned(program, walk.row_line, tables.shape[0], refs["out"], o_s, case)
+        programs = busy_blocks * config.consumers if config.beside_prefill else config.num_programs
+        _zero_unowned(program, programs, walk.row_line, tables.shape[0], refs["out"], o_s, case)
         scale = refs["scale"][0] * LOG2E
         window = refs["window"][0] if case.windowed else None
         start = _nothing(DP, N, (TILE, N))
@@ -984,7 +998,7 @@ def _attend_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # shared memory must outlive the last copies
 
 
-def _join_body(refs: dict[str, Any], case: _Case, o_s: Any) -> None:
+def _join_body(refs: dict[str, Any], case: Case, o_s: Any) -> None:
     """One program of the second kernel: one join."""
     plan, join, o_s = refs["plan"], lax.axis_index("block"), o_s.at[0]
     if case.config.piece_len is None:
@@ -1057,6 +1071,52 @@ def decode(
     Raises:
       NotImplementedError: the case is not supported.
     """
+    inputs, case = prepare(
+        q,
+        k_pages,
+        v_pages,
+        layer,
+        block_tables,
+        seq_lens,
+        query_starts,
+        query_lens,
+        max_query_len=max_query_len,
+        sm_scale=sm_scale,
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        causal=causal,
+        return_lse=return_lse,
+        plan=plan,
+        config=config,
+        interpret=interpret,
+    )
+    # A batched grid would share the counters of arrivals: under vmap the launches run one after another.
+    return off_mesh(sequential_vmap(functools.partial(_launch, case=case, interpret=interpret)), inputs)
+
+
+def prepare(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    layer: Any,
+    block_tables: Any,
+    seq_lens: Any,
+    query_starts: Any,
+    query_lens: Any,
+    *,
+    max_query_len: int,
+    sm_scale: Any,
+    soft_cap: float | None,
+    sliding_window: Any,
+    sinks: Any,
+    causal: bool,
+    return_lse: bool,
+    plan: Plan | None,
+    config: Config | None,
+    interpret: Any,
+) -> tuple[dict[str, Any], Case]:
+    """The kernel's inputs by name, and what is static; the arguments are those of `decode`."""
     (_, H, D), (_, _, K, S, _) = q.shape, k_pages.shape
     check_supported(
         "decode_sm90",
@@ -1085,7 +1145,7 @@ def decode(
             sliding_window=sliding_window,
             config=config,
         )
-    case = _Case(
+    case = Case(
         head_groups=K * config.group_parts,
         groups_per_kv_head=config.group_parts,
         group=H // K // config.group_parts,
@@ -1109,7 +1169,7 @@ def decode(
         "scale": jnp.asarray(sm_scale, jnp.float32).reshape(1),
         "plan": plan.lines,
         "tables": block_tables,
-        "q": q,
+        "q": jnp.pad(q, ((0, 0), (0, 0), (0, case.padded_dim - D))) if case.padded_dim > D else q,
         "k": k_pages,
         "v": v_pages,
     }
@@ -1119,53 +1179,32 @@ def decode(
     if sliding_window is not None:
         inputs["window"] = jnp.asarray(sliding_window, jnp.int32).reshape(1)
     if sinks is not None:
-        inputs["sinks"] = sinks
-    # A batched grid would share the counters of arrivals: under vmap the launches run one after another.
-    return off_mesh(sequential_vmap(functools.partial(_launch, case=case, interpret=interpret)), inputs)
-
-
-@functools.partial(jax.jit, static_argnames=("case", "interpret"))  # unrolled layers lower it once
-def _launch(inputs: dict[str, Any], case: _Case, interpret: Any) -> tuple[Any, Any]:
-    q, DP, N = inputs["q"], case.padded_dim, case.columns
-    T, H, D = q.shape
-    B = inputs["tables"].shape[0]
-    if DP > D:
-        inputs["q"] = jnp.pad(q, ((0, 0), (0, 0), (0, DP - D)))
-    if case.has_sinks:
-        by_head = inputs["sinks"].astype(jnp.float32).reshape(case.head_groups, case.group)
+        by_head = sinks.astype(jnp.float32).reshape(case.head_groups, case.group)
         by_head = jnp.tile(by_head, (1, case.config.block_tokens))
-        inputs["sinks"] = jnp.pad(by_head, ((0, 0), (0, N - by_head.shape[1])))
+        inputs["sinks"] = jnp.pad(by_head, ((0, 0), (0, case.columns - by_head.shape[1])))
+    return inputs, case
 
-    programs = case.config.num_programs
+
+def outputs(inputs: dict[str, Any], case: Case) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the kernel writes, by name: the results, and partial results of pieces."""
+    (T, H, DP), B, N = inputs["q"].shape, inputs["tables"].shape[0], case.columns
+    programs, f32 = case.config.num_programs, jnp.float32
     num_partials = 2 * programs if case.config.piece_len is None else B * case.pairs * case.max_pieces
-    f32 = jnp.float32
     outs = {
-        "out": (q.dtype, T, H, DP),
+        "out": (case.q_dtype, T, H, DP),
         "partials": (f32, num_partials, DP, N),
         "stats": (f32, num_partials, 2, N),
     }
     if case.return_lse:
         outs["lse"] = (f32, B, case.pairs, N)
-    outs = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, *shape) in outs.items()}
-    in_names, out_names = tuple(inputs), tuple(outs)
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, *shape) in outs.items()}
 
-    def kernel(body, name, names, **arguments):
-        def with_names(*refs, **scratch):
-            body(dict(zip(names, refs, strict=True)), case, **scratch)
 
-        return plgpu.kernel(
-            with_names,
-            grid_names=("block",),
-            thread_name="thread",
-            compiler_params=plgpu.CompilerParams(approx_math=True),
-            kernel_name=name,
-            interpret=interpret,
-            **arguments,
-        )
-
-    scratch = _scratch(
-        columns=N,
-        head_dim=D,
+def scratch_of(case: Case) -> dict[str, Any]:
+    """The shared memory of a thread block."""
+    return _scratch(
+        columns=case.columns,
+        head_dim=case.head_dim,
         page_size=case.page_size,
         block_tokens=case.config.block_tokens,
         num_stages=case.config.num_stages,
@@ -1174,38 +1213,65 @@ def _launch(inputs: dict[str, Any], case: _Case, interpret: Any) -> tuple[Any, A
         token_scales=case.token_scales,
         consumers=case.config.consumers,
     )
-    attend = kernel(
-        _attend_body,
-        "paxcache_decode",
-        in_names + out_names,
+
+
+@functools.partial(jax.jit, static_argnames=("case", "interpret"))  # unrolled layers lower it once
+def _launch(inputs: dict[str, Any], case: Case, interpret: Any) -> tuple[Any, Any]:
+    outs = outputs(inputs, case)
+    names = (*inputs, *outs)
+
+    def body(*refs, **scratch):
+        attend_body(dict(zip(names, refs, strict=True)), case, lax.axis_index("block"), **scratch)
+
+    results = plgpu.kernel(
+        body,
         out_type=tuple(outs.values()),
         grid=(case.num_blocks,),
+        grid_names=("block",),
         num_threads=case.config.consumers + 1,
-        scratch_types=scratch,
-    )
-    results = dict(zip(out_names, attend(*inputs.values()), strict=True))
+        thread_name="thread",
+        scratch_types=scratch_of(case),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="paxcache_decode",
+        interpret=interpret,
+    )(*inputs.values())
+    return completed(inputs, dict(zip(outs, results, strict=True)), case, interpret)
+
+
+def completed(inputs: dict[str, Any], results: dict[str, Any], case: Case, interpret: Any) -> tuple[Any, Any]:
+    """out and lse of what the kernel has written; joins what it has not joined itself."""
     if not case.config.fused_join:
-        num_joins = programs if case.config.piece_len is None else B * case.pairs
         given = {x: inputs[x] for x in ("plan", "sinks") if x in inputs}
         given |= {x: results[x] for x in ("partials", "stats")}
         written = {x: jax.new_ref(results[x]) for x in ("out", "lse") if x in results}
         names = (*given, *written)
-        join = kernel(
-            _join_body,
-            "paxcache_decode_join",
-            names,
+
+        def body(*refs, **scratch):
+            _join_body(dict(zip(names, refs, strict=True)), case, **scratch)
+
+        plgpu.kernel(
+            body,
             out_type=(),
-            grid=(num_joins,),
+            grid=(
+                case.config.num_programs
+                if case.config.piece_len is None
+                else len(inputs["tables"]) * case.pairs,
+            ),
+            grid_names=("block",),
             num_threads=1,
-            scratch_types={"o_s": scratch["o_s"]},
-        )
-        join(*given.values(), *written.values())
+            thread_name="thread",
+            scratch_types={"o_s": scratch_of(case)["o_s"]},
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+            kernel_name="paxcache_decode_join",
+            interpret=interpret,
+        )(*given.values(), *written.values())
         results |= {x: ref[...] for x, ref in written.items()}
-    lse = _packed_lse(results["lse"], inputs, case, T) if case.return_lse else None
-    return results["out"][..., :D], lse
+    out = results["out"]
+    lse = _packed_lse(results["lse"], inputs, case, out.shape[0]) if case.return_lse else None
+    return out[..., : case.head_dim], lse
 
 
-def _packed_lse(lse: Any, inputs: dict[str, Any], case: _Case, num_tokens: int) -> Any:
+def _packed_lse(lse: Any, inputs: dict[str, Any], case: Case, num_tokens: int) -> Any:
     """From [B, pairs, columns] to [T, H]; -inf for tokens that no row owns."""
     B, G, Q, groups = lse.shape[0], case.group, case.max_query_len, case.head_groups
     lse = lse[:, :, : case.config.block_tokens * G].reshape(B, groups, -1, G)[:, :, :Q]

@@ -63,6 +63,7 @@ from paxcache.kernels._prefill_plan_sm90 import (
     HOLES_END,
     LENGTH,
     POSITION,
+    PROGRAMS,
     ROW,
     ROWS,
     SKIP,
@@ -85,7 +86,7 @@ SCALES = ("k_scales", "v_scales")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Case:
+class Case:
     """What is static in a call."""
 
     num_heads: int
@@ -170,7 +171,7 @@ def _down(rows: Any, like: Any) -> Any:
     return lax.broadcast_in_dim(rows, like.shape, [0])
 
 
-def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
+def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any) -> None:
     """One program: its items, in order."""
     config, on_gpu = case.config, case.interpret is None
     plan, tables = refs["plan"], refs["tables"]
@@ -190,23 +191,27 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
     D, S, block, chunk = case.head_dim, case.page_size, config.block_kv, case.chunk
     chunks, copy_len = D // chunk, case.copy_len
     copies = block // copy_len
-    program, wg = lax.axis_index("program"), lax.axis_index("thread")
+    wg = lax.axis_index("thread")
     layer = refs["layer"][0]
+
+    def num_programs():
+        return plan[0, PROGRAMS] if config.beside_decode else config.num_programs
 
     def place_in_round(round_id):
         """The list of items is dealt back and forth, so that no program gets all the expensive ones of its rounds."""
-        return jnp.where(lax.rem(round_id, 2) == 0, program, config.num_programs - 1 - program)
+        return jnp.where(lax.rem(round_id, 2) == 0, program, num_programs() - 1 - program)
 
     def count_rounds():
         """Of the program. Each warp counts for itself: a register that holds the number from here on is dear."""
         num_items = plan[0, 0] * case.head_items
-        whole_rounds = lax.div(num_items, config.num_programs)
-        left = num_items - whole_rounds * config.num_programs
-        return whole_rounds + (place_in_round(whole_rounds) < left).astype(jnp.int32)
+        whole_rounds = lax.div(num_items, num_programs())
+        left = num_items - whole_rounds * num_programs()
+        rounds = whole_rounds + (place_in_round(whole_rounds) < left).astype(jnp.int32)
+        return jnp.where(program < num_programs(), rounds, 0) if config.beside_decode else rounds
 
     def item(round_id):
         """The line of a tile in the plan, and which of its items."""
-        index = round_id * config.num_programs + place_in_round(round_id)
+        index = round_id * num_programs() + place_in_round(round_id)
         return lax.div(index, case.head_items) + 1, lax.rem(index, case.head_items)
 
     def pages_in_sight(line):
@@ -664,7 +669,7 @@ def _program_body(refs: dict[str, Any], case: _Case, **scratch: Any) -> None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # shared memory must outlive the last copies
 
 
-def _scratch(case: _Case) -> dict[str, Any]:
+def scratch_of(case: Case) -> dict[str, Any]:
     """The shared memory of a program."""
     D, chunk, config, dtype, form = case.head_dim, case.chunk, case.config, case.dtype, case.form
     copies = config.block_kv // case.copy_len
@@ -748,6 +753,45 @@ def prefill(
     Raises:
       NotImplementedError: the case is not supported.
     """
+    inputs, case = prepare(
+        q,
+        k_pages,
+        v_pages,
+        layer,
+        block_tables,
+        sm_scale=sm_scale,
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        causal=causal,
+        return_lse=lse is not None,
+        plan=plan,
+        interpret=interpret,
+    )
+    launch = sequential_vmap(functools.partial(_launch, case=case))
+    out, by_tile = off_mesh(lambda args: launch(*args), (out, inputs))
+    if lse is not None:
+        lse = scatter_lse(lse, by_tile, plan)
+    return out, lse
+
+
+def prepare(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    layer: Any,
+    block_tables: Any,
+    *,
+    sm_scale: Any,
+    soft_cap: float | None,
+    sliding_window: Any,
+    sinks: Any,
+    causal: bool,
+    return_lse: bool,
+    plan: Plan,
+    interpret: Any,
+) -> tuple[dict[str, Any], Case]:
+    """The kernel's inputs by name, and what is static; the arguments are those of `prefill`."""
     (_, H, D), (_, _, K, S, _) = q.shape, k_pages.shape
     check_supported(
         "prefill_sm90",
@@ -759,7 +803,7 @@ def prefill(
     )
     if num_parts(k_pages.dtype) > 1:
         raise NotImplementedError(f"prefill_sm90: pages must be of halves or quantised, got {k_pages.dtype}")
-    case = _Case(
+    case = Case(
         num_heads=H,
         num_kv_heads=K,
         head_dim=D,
@@ -773,7 +817,7 @@ def prefill(
         windowed=sliding_window is not None,
         soft_cap=soft_cap,
         has_sinks=sinks is not None,
-        return_lse=lse is not None,
+        return_lse=return_lse,
         config=plan.made_for.config,
         interpret=interpret,
     )
@@ -806,20 +850,17 @@ def prefill(
         inputs["window"] = jnp.minimum(jnp.asarray(sliding_window, jnp.int32), 1 << 30).reshape(1)
     if sinks is not None:
         inputs["sinks"] = sinks.astype(jnp.float32)
-    launch = sequential_vmap(functools.partial(_launch, case=case))
-    out, by_tile = off_mesh(lambda args: launch(*args), (out, inputs))
-    if lse is not None:
-        lse = _scatter_lse(lse, by_tile, plan, H)
-    return out, lse
+    return inputs, case
+
+
+def lse_type(inputs: dict[str, Any], case: Case) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The log-sum-exp as the kernel writes it, by tile, if it is asked for."""
+    shape = (len(inputs["plan"]) - 1, case.head_items, CONSUMERS, ROWS)
+    return (jax.ShapeDtypeStruct(shape, jnp.float32),) if case.return_lse else ()
 
 
 @functools.partial(jax.jit, static_argnames="case")  # unrolled layers lower it once
-def _launch(out: Any, inputs: dict[str, Any], case: _Case) -> tuple[Any, Any]:
-    lines = inputs["plan"].shape[0] - 1
-    out_type = ()
-    if case.return_lse:
-        shape = (lines, case.head_items, CONSUMERS, ROWS)
-        out_type = (jax.ShapeDtypeStruct(shape, jnp.float32),)
+def _launch(out: Any, inputs: dict[str, Any], case: Case) -> tuple[Any, Any]:
     by_tile = None
 
     def run(out_ref):
@@ -827,16 +868,16 @@ def _launch(out: Any, inputs: dict[str, Any], case: _Case) -> tuple[Any, Any]:
         names = (*inputs, "out", *(("lse",) if case.return_lse else ()))
 
         def body(*refs, **scratch):
-            _program_body(dict(zip(names, refs, strict=True)), case, **scratch)
+            program_body(dict(zip(names, refs, strict=True)), case, lax.axis_index("program"), **scratch)
 
         results = plgpu.kernel(
             body,
-            out_type=out_type,
+            out_type=lse_type(inputs, case),
             grid=(case.config.num_programs,),
             grid_names=("program",),
             num_threads=CONSUMERS + 1,
             thread_name="thread",
-            scratch_types=_scratch(case),
+            scratch_types=scratch_of(case),
             compiler_params=plgpu.CompilerParams(
                 approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
             ),
@@ -850,10 +891,9 @@ def _launch(out: Any, inputs: dict[str, Any], case: _Case) -> tuple[Any, Any]:
     return out, by_tile
 
 
-def _scatter_lse(lse: Any, by_tile: Any, plan: Plan, num_heads: int) -> Any:
+def scatter_lse(lse: Any, by_tile: Any, plan: Plan) -> Any:
     """Puts [tiles, items, consumers, rows] into [T, H]."""
-    tile = plan.made_for.tile_tokens
-    tiles = by_tile.shape[0]
+    tile, tiles, num_heads = plan.made_for.tile_tokens, by_tile.shape[0], lse.shape[1]
     # The consumers are two heads, or two halves of the tokens.
     by_token = by_tile.reshape(tiles, num_heads, tile)
     offset = jnp.arange(tile, dtype=jnp.int32)

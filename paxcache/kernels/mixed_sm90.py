@@ -1,0 +1,192 @@
+"""Both kinds of rows of a mixed step in one launch, on Hopper (sm_90a). Imports `decode_sm90`, `prefill_sm90`, their
+plans and what they share.
+
+Decode waits for memory and prefill for the matrix unit, each on every SM: one after the other, each leaves idle what
+the other lacks. Here some SMs decode and the others prefill at the same time. How many is a share of the work, counted
+once per step on the device. The first blocks of a launch decode, as many as could be of use, and those without work end
+at once; the blocks behind them prefill.
+
+Few SMs decode better than many: beside half of them, which read as fast as all, prefill waits for memory too.
+
+Reference: POD-Attention (Kamath et al., 2025) for prefill and decode in one kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import sequential_vmap
+
+from paxcache.kernels import _decode_plan_sm90, _prefill_plan_sm90, decode_sm90, prefill_sm90
+from paxcache.kernels._mosaic import DeviceLimits, off_mesh, pl, plgpu
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int32
+
+WARPGROUPS = _prefill_plan_sm90.CONSUMERS + 1  # of a block, of either kind
+STREAM_BYTES = 120 * 1024
+"""What decode reads on an SM while prefill multiplies 128 queries with a block of 128 keys of 128, on an H200."""
+SHARED = "layer", "scale", "tables", "q", "k", "v", "window"  # inputs of both kinds
+
+
+def configs(
+    decode: _decode_plan_sm90.Config, prefill: _prefill_plan_sm90.Config, group: int, limits: DeviceLimits
+) -> tuple[_decode_plan_sm90.Config, _prefill_plan_sm90.Config] | None:
+    """The launch configurations of both kinds in one launch, from those of launches of their own; None: it cannot be.
+
+    What fits twice on an SM fits into one thread block: two of decode's programs, with the same bytes in flight.
+    """
+    if decode.consumers > 1 or decode.num_programs <= limits.num_sms or prefill.raw_stages:
+        return None
+    programs = limits.num_sms // decode.lanes * decode.lanes  # on half of the SMs
+    decode = dataclasses.replace(
+        decode, num_programs=programs, min_programs=programs, consumers=2, beside_prefill=group
+    )
+    return decode, dataclasses.replace(prefill, beside_decode=group)
+
+
+def make_plans(
+    rows: tuple[Any, ...],
+    for_decode: dict[str, Any],
+    for_prefill: dict[str, Any],
+    *,
+    kv_head_bytes: int,
+    sliding_window: Int32[Array, ""] | int | None,
+    causal: bool,
+) -> tuple[_decode_plan_sm90.Plan, _prefill_plan_sm90.Plan]:
+    """The plans of both kinds, with a share of the SMs for each, on the device.
+
+    Args:
+      rows: block tables, lengths, first query tokens and numbers of query tokens.
+      for_decode, for_prefill: arguments of `decode_plan` and `prefill_plan`, with the configurations of `configs`.
+      kv_head_bytes: of a token's key and value of a KV head.
+      sliding_window, causal: see there.
+    """
+    config, prefill_config = for_decode["config"], for_prefill["config"]
+    options = {"page_size": for_decode["page_size"], "sliding_window": sliding_window, "causal": causal}
+    prefill = _prefill_plan_sm90.prefill_plan(*rows, **for_prefill, **options)
+
+    heads, kv_heads = for_prefill["num_heads"], for_prefill["num_kv_heads"]
+    head_items = heads // _prefill_plan_sm90.heads_of_program(heads, kv_heads)
+    tiles = prefill.lines[1:, _prefill_plan_sm90.BLOCKS]
+    is_tile = jnp.arange(len(tiles)) < prefill.lines[0, 0]
+    blocks = jnp.sum(jnp.where(is_tile, tiles, 0)).astype(jnp.float32) * head_items
+
+    _, lens, _, query_lens = rows
+    seen = jnp.where(query_lens == 1, lens, 0)
+    if sliding_window is not None:
+        seen = jnp.minimum(seen, sliding_window)
+    # Times in blocks of prefill, for each number of ranges that could decode.
+    block_bytes = STREAM_BYTES * prefill_config.block_kv * kv_head_bytes / (128 * 512)
+    reading = jnp.sum(seen.astype(jnp.float32)) * (kv_heads * kv_head_bytes / block_bytes)
+    ranges = jnp.arange(1, config.num_programs // config.lanes + 1)
+    sms = -(-ranges * config.lanes // config.consumers)
+    programs = prefill_config.num_programs
+    together = jnp.maximum(reading / sms, blocks / (programs - sms))
+    apart = reading / sms[-1] + blocks / programs
+    best = jnp.argmin(together)
+    is_apart = apart <= together[best]
+    num_ranges = jnp.where(is_apart, ranges[-1], ranges[best]).astype(jnp.int32)
+    num_programs = jnp.where(is_apart, programs, programs - sms[best]).astype(jnp.int32)
+
+    lines = prefill.lines.at[0, _prefill_plan_sm90.PROGRAMS].set(num_programs)
+    decode = _decode_plan_sm90.decode_plan(
+        *rows, **for_decode, sliding_window=sliding_window, num_ranges=num_ranges
+    )
+    return decode, dataclasses.replace(prefill, lines=lines)
+
+
+def attend(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    layer: Any,
+    block_tables: Any,
+    seq_lens: Any,
+    query_starts: Any,
+    query_lens: Any,
+    *,
+    return_lse: bool,
+    decode_plan: _decode_plan_sm90.Plan,
+    prefill_plan: _prefill_plan_sm90.Plan,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Attention of rows with one query token and of rows with more; arguments and results are those of `decode`.
+
+    Args:
+      q, k_pages, v_pages, layer, block_tables, seq_lens, query_starts, query_lens: see there.
+      return_lse: see there.
+      decode_plan, prefill_plan: with the configurations that `configs` makes.
+      options: what `decode` and `prefill` have in common.
+    """
+    pools = k_pages, v_pages, layer, block_tables
+    own, prefill_case = prefill_sm90.prepare(
+        q, *pools, return_lse=return_lse, plan=prefill_plan, interpret=None, **options
+    )
+    inputs, decode_case = decode_sm90.prepare(
+        own["q"],
+        *pools,
+        seq_lens,
+        query_starts,
+        query_lens,
+        max_query_len=1,
+        return_lse=return_lse,
+        plan=decode_plan,
+        config=decode_plan.made_for.config,
+        interpret=None,
+        **options | {"sm_scale": own["scale"][0]},
+    )
+    inputs |= {x: own[x] for x in ("window",) if x in own}
+    inputs |= {f"prefill_{name}": x for name, x in own.items() if name not in SHARED}
+    launch = functools.partial(_launch, cases=(decode_case, prefill_case))
+    out, lse, by_tile = off_mesh(sequential_vmap(launch), inputs)
+    return out, prefill_sm90.scatter_lse(lse, by_tile, prefill_plan) if return_lse else None
+
+
+@functools.partial(jax.jit, static_argnames="cases")  # unrolled layers lower it once
+def _launch(inputs: dict[str, Any], cases: Any) -> tuple[Any, Any, Any]:
+    decode, prefill = cases
+    outs = decode_sm90.outputs(inputs, decode)
+    for shape in prefill_sm90.lse_type({"plan": inputs["prefill_plan"]}, prefill):
+        outs["prefill_lse"] = shape
+    names = (*inputs, *outs)
+
+    def body(*arguments):
+        refs = dict(zip(names, arguments, strict=True))
+        of_prefill = {x: refs[x] for x in ("out", *SHARED) if x in refs}
+        of_prefill |= {x.removeprefix("prefill_"): ref for x, ref in refs.items() if x.startswith("prefill_")}
+        block = lax.axis_index("block")
+        # Blocks of both kinds take one memory.
+        scoped = functools.partial(pl.run_scoped, collective_axes="thread")
+
+        @pl.when(block < decode.num_blocks)
+        def _():
+            run = functools.partial(decode_sm90.attend_body, refs, decode, block)
+            scoped(run, **decode_sm90.scratch_of(decode))
+
+        @pl.when(block >= decode.num_blocks)
+        def _():
+            program = block - decode.num_blocks
+            run = functools.partial(prefill_sm90.program_body, of_prefill, prefill, program)
+            scoped(run, **prefill_sm90.scratch_of(prefill))
+
+    results = plgpu.kernel(
+        body,
+        out_type=tuple(outs.values()),
+        grid=(decode.num_blocks + prefill.config.num_programs,),
+        grid_names=("block",),
+        num_threads=WARPGROUPS,
+        thread_name="thread",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        kernel_name="paxcache_mixed",
+    )(*inputs.values())
+    results = dict(zip(outs, results, strict=True))
+    out, lse = decode_sm90.completed(inputs, results, decode, None)
+    return out, lse, results.get("prefill_lse")
