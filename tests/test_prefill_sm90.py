@@ -303,10 +303,10 @@ def make_plan(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
-def test_plan_without_query_heads_fits(group):
-    """`extend` does not know H: its plan is of the form that every usual group needs."""
-    case = Case(lens=(70, 9), query_lens=(40, 1), kv_heads=2, group=group)
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (64, 4), *((256, n) for n in (1, 2, 3, 4, 7, 8))])
+def test_plan_without_query_heads_fits(head_dim, group):
+    """`extend` does not know H: its plan is of the form that likely groups need, or all where launches are apart."""
+    case = Case(lens=(70, 9), query_lens=(40, 1), kv_heads=2, group=group, head_dim=head_dim)
     inputs = make_inputs(case, seed=0)
     unknown, known = (make_plan(case, inputs, heads) for heads in (None, 2 * group))
     for kind in ("decode", "prefill"):

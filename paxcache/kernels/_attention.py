@@ -9,8 +9,8 @@ FEW_QUERIES = 16
 """Beyond it a decode kernel would read a row's keys too often (on Hopper once for every 8 query tokens at 4 heads a KV
 head), and multiply too little at once."""
 LIKELY_GROUPS = (4, 1)
-"""Query heads a KV head, even and odd, for which a plan is made where they are not known. Groups up to 8 share the plan
-of single query tokens on Hopper."""
+"""Query heads a KV head, even and odd, for which a plan is made where they are not known. On Hopper
+groups up to 8 share the plan of single query tokens; in a mixed step of another group attention makes its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
