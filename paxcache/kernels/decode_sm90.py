@@ -802,7 +802,8 @@ def attend_body(refs: dict[str, Any], case: Case, block: Any, **scratch: Any) ->
         def product_of_parts(tile, columns, num_rows, *, transposed):
             """float32 keys, or values transposed, times the parts of queries or weights, the small ones first."""
             which = [(i, last - i) for last in reversed(range(case.num_parts)) for i in range(last + 1)]
-            blocks = itertools.product(range(0, num_rows, 64), range(0, columns.shape[-1], FLOAT_COLUMNS))
+            starts = range(0, num_rows, 64), range(0, columns.shape[-1], FLOAT_COLUMNS)
+            blocks = list(itertools.product(*starts))
 
             def factors(row, column):
                 """The pairs of parts of a block of 64 rows."""
