@@ -132,8 +132,8 @@ def test_interpreted_with_a_share_of_the_programs(monkeypatch):
     """The plans of one launch of both kinds of blocks. The interpreter runs two: it knows no such launch."""
     own = mixed_sm90.configs
 
-    def few(*arguments):
-        made = own(*arguments)
+    def few(*arguments, **options):
+        made = own(*arguments, **options)
         assert made is not None
         programs = 3 * made[0].lanes
         decode = dataclasses.replace(made[0], num_programs=programs, min_programs=programs, consumers=1)

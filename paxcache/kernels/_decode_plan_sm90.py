@@ -209,8 +209,7 @@ def decode_plan(
     by_range = lines(most, *by_range, *(x[row] for x in about_rows), pages)
     by_row = (*about_rows, following, *(x[following] for x in about_rows))
     if config.beside_prefill:
-        busy = -(-num_ranges * config.lanes // config.consumers)
-        by_row = (*by_row, jnp.broadcast_to(busy, (B,)))
+        by_row = (*by_row, jnp.broadcast_to(busy_blocks(config, num_ranges), (B,)))
     by_row = lines(B, *by_row)
     num_joins = count_joins(config, B, turns * config.lanes)
     # Zeros that the compiler cannot know to be zeros: constants may be shared, or made again for every layer.
@@ -237,6 +236,11 @@ def plan_shape(
         windowed=windowed,
         config=config,
     )
+
+
+def busy_blocks(config: Config, num_ranges: Any) -> Any:
+    """Thread blocks that the programs of so many ranges fill."""
+    return -(-num_ranges * config.lanes // config.consumers)
 
 
 def count_joins(config: Config, num_rows: int, pairs: int) -> int:

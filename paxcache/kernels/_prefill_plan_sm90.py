@@ -87,6 +87,21 @@ def plan_shape(
     )
 
 
+def items_of_rows(
+    counts: Int32[Array, "B"], num_items: int
+) -> tuple[Int32[Array, "items"], Int32[Array, "items"], Int32[Array, ""]]:
+    """Of each item its row and its number in the row, where row b has ``counts[b]`` and rows come in order.
+
+    Items past the last one, of which there may be some, count as further ones of the last row. Also returns how many
+    there are in all.
+    """
+    rows, ids = jnp.arange(counts.shape[0], dtype=jnp.int32), jnp.arange(num_items, dtype=jnp.int32)
+    ends = jnp.sum(jnp.where(rows[None, :] <= rows[:, None], counts, 0), axis=1, dtype=jnp.int32)
+    row = jnp.sum(ends[None, :] <= ids[:, None], axis=1, dtype=jnp.int32)
+    row = jnp.minimum(row, counts.shape[0] - 1)
+    return row, ids - (ends[row] - counts[row]), ends[-1]
+
+
 def prefill_plan(
     block_tables: Int32[Array, "B M"],
     seq_lens: Int32[Array, "B"],
@@ -133,8 +148,6 @@ def prefill_plan(
     live = (seq_lens > 0) & (query_lens >= min_query_len)
     queries = jnp.where(live, query_lens, 0).astype(i32)
     tiles = (queries + (tile - 1)) // tile
-    row_ids = jnp.arange(B, dtype=i32)
-    ends = jnp.sum(jnp.where(row_ids[None, :] <= row_ids[:, None], tiles, 0), axis=1, dtype=i32)
     window = None if sliding_window is None else jnp.asarray(sliding_window, i32)
 
     # A row with a hole in sight has all its blocks looked at for holes.
@@ -145,10 +158,10 @@ def prefill_plan(
         in_sight &= entries >= low[:, None]
     has_holes = jnp.any(in_sight & (block_tables < 0), axis=1)
 
+    row, number, num_used = items_of_rows(tiles, shape.num_tiles)
     ids = jnp.arange(shape.num_tiles, dtype=i32)
-    row = jnp.minimum(jnp.sum(ends[None, :] <= ids[:, None], axis=1, dtype=i32), B - 1)
-    used = ids < ends[-1]
-    begin = (ids - (ends[row] - tiles[row])) * tile  # the tile's first query token in its row
+    used = ids < num_used
+    begin = number * tile  # the tile's first query token in its row
     count = jnp.minimum(queries[row] - begin, tile)
     token = jnp.clip(query_starts[row] + begin, 0, num_tokens - tile)
     skip = query_starts[row] + begin - token
@@ -189,6 +202,6 @@ def prefill_plan(
     lines = jnp.stack(columns, axis=1)
     lines = jnp.pad(lines, ((0, 0), (0, -lines.shape[1] % SECTOR)))
     header = (
-        jnp.zeros((1, lines.shape[1]), i32).at[0, 0].set(ends[-1]).at[0, PROGRAMS].set(config.num_programs)
+        jnp.zeros((1, lines.shape[1]), i32).at[0, 0].set(num_used).at[0, PROGRAMS].set(config.num_programs)
     )
     return Plan(jnp.concatenate([header, jnp.zeros_like(lines).at[rank].set(lines)]), shape)

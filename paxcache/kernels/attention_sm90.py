@@ -11,6 +11,7 @@ are cut into rows of FEW_QUERIES, all for the decode kernel.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -86,18 +87,20 @@ class _Shapes(Step):
             "max_query_len": self.decode_query_len,
         }
 
-    def _configs(self) -> tuple[_decode_plan_sm90.Config, _prefill_plan_sm90.Config]:
+    @functools.cached_property
+    def configs(self) -> tuple[_decode_plan_sm90.Config, _prefill_plan_sm90.Config]:
+        """Of decode and of prefill, together in a launch if they can be."""
         more = {"head_dim": self.head_dim, "dtype": self.dtype, "limits": self.limits}
         decode = decode_sm90.default_config(**self._own_shapes(), num_heads=self.num_heads, **more)
         prefill = prefill_sm90.default_config(**more)
-        together = None
-        if self.is_mixed and self.head_dim % 64 == 0:
-            group = self.num_heads // self.num_kv_heads
-            together = mixed_sm90.configs(decode, prefill, group, self.limits or device_limits())
+        if not self.is_mixed:
+            return decode, prefill
+        group, limits = self.num_heads // self.num_kv_heads, self.limits or device_limits()
+        together = mixed_sm90.configs(decode, prefill, group=group, head_dim=self.head_dim, limits=limits)
         return together or (decode, prefill)
 
     def for_decode(self) -> dict[str, Any]:
-        return self._own_shapes() | {"config": self._configs()[0]}
+        return self._own_shapes() | {"config": self.configs[0]}
 
     def for_prefill(self) -> dict[str, Any]:
         return {
@@ -105,7 +108,7 @@ class _Shapes(Step):
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
             "min_query_len": 2,
-            "config": self._configs()[1],
+            "config": self.configs[1],
         }
 
     def decode_shape(self) -> _decode_plan_sm90.Shape:
@@ -128,12 +131,9 @@ def _rows_of_decode(rows: Rows, shapes: _Shapes, causal: bool) -> Rows:
         )
     tables, seq_lens, starts, lens = rows
     parts = jnp.maximum(-(-lens // FEW_QUERIES), 1)
-    ids = jnp.arange(shapes.num_rows, dtype=jnp.int32)
-    ends = jnp.sum(jnp.where(ids[None, :] <= ids[:, None], parts, 0), axis=1, dtype=jnp.int32)
-    ids = jnp.arange(shapes.decode_rows, dtype=jnp.int32)
-    row = jnp.minimum(jnp.sum(ends[None, :] <= ids[:, None], axis=1, dtype=jnp.int32), shapes.num_rows - 1)
+    row, number, _ = _prefill_plan_sm90.items_of_rows(parts, shapes.decode_rows)
     queries = lens[row]
-    begin = jnp.minimum((ids - (ends[row] - parts[row])) * FEW_QUERIES, queries)  # past the last: nothing
+    begin = jnp.minimum(number * FEW_QUERIES, queries)  # past the last: nothing
     end = jnp.minimum(begin + FEW_QUERIES, queries)
     length = seq_lens[row] - (queries - end if causal else 0)
     return tables[row], jnp.where(seq_lens[row] > 0, length, 0), starts[row] + begin, end - begin
@@ -304,7 +304,6 @@ def paged_attention(
         "sliding_window": sliding_window,
         "sinks": sinks,
         "causal": causal,
-        "interpret": interpret,
     }
     pools = k_pages, k_pages if v_pages is None else v_pages, layer
     rows = _rows_of_decode((block_tables, seq_lens, query_starts, query_lens), shapes, causal)
@@ -313,29 +312,24 @@ def paged_attention(
         q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
     # The interpreter knows no launch of two kinds of blocks: it runs two with the same plans.
     if prefill_plan is not None and prefill_plan.made_for.config.beside_decode and interpret is None:
-        del options["interpret"]
-        out, lse = mixed_sm90.attend(
+        plans = {"decode_plan": decode_plan, "prefill_plan": prefill_plan}
+        out, lse = mixed_sm90.attend(q, *pools, *rows, return_lse=return_lse, **plans, **options)
+    else:
+        options["interpret"] = interpret
+        out, lse = decode_sm90.decode(
             q,
             *pools,
             *rows,
+            max_query_len=decode_plan.made_for.max_query_len,
             return_lse=return_lse,
-            decode_plan=decode_plan,
-            prefill_plan=prefill_plan,
+            plan=decode_plan,
+            config=decode_plan.made_for.config,
             **options,
         )
-        return out[:T].astype(q_dtype), None if lse is None else lse[:T]
-    out, lse = decode_sm90.decode(
-        q,
-        *pools,
-        *rows,
-        max_query_len=decode_plan.made_for.max_query_len,
-        return_lse=return_lse,
-        plan=decode_plan,
-        config=decode_plan.made_for.config,
-        **options,
-    )
-    if prefill_plan is not None:
-        out, lse = prefill_sm90.prefill(out, q, *pools, block_tables, lse=lse, plan=prefill_plan, **options)
+        if prefill_plan is not None:
+            out, lse = prefill_sm90.prefill(
+                out, q, *pools, block_tables, lse=lse, plan=prefill_plan, **options
+            )
     if padding:
         out, lse = out[:T], None if lse is None else lse[:T]
     return out.astype(q_dtype), lse

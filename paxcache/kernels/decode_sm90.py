@@ -329,12 +329,14 @@ def _copy_len(page_size: int, head_dim: int, dtype: Any) -> int:
 
 
 def _operand_bytes(head_dim: int, dtype: Any) -> int:
-    return head_dim * operand_dtype(dtype).itemsize
+    """Of a row of the matrix unit's operands; of parts of float32 those that meet a block of keys or values."""
+    return (head_dim if num_parts(dtype) == 1 else FLOAT_COLUMNS) * operand_dtype(dtype).itemsize
 
 
 def _stored_bytes(head_dim: int, dtype: Any) -> int:
+    """Of a key or a value, as pages hold it."""
     form = _quantize.BY_DTYPE.get(dtype)
-    return head_dim * dtype.itemsize if form is None else head_dim // form.per_element * dtype.itemsize
+    return (head_dim if form is None else head_dim // form.per_element) * dtype.itemsize
 
 
 def _stage_bytes(head_dim: int, dtype: Any) -> int:
@@ -361,9 +363,7 @@ def _scratch(
     N, D, DP, C, stages = columns, head_dim, padded_head_dim(head_dim), consumers, consumers * num_stages
     copies = TILE // _copy_len(page_size, head_dim, dtype)
     operand, quantized = operand_dtype(dtype), dtype in _quantize.BY_DTYPE
-    # One swizzle for all operands.
-    operand_bytes = _operand_bytes(D, dtype) if num_parts(dtype) == 1 else FLOAT_COLUMNS * operand.itemsize
-    tiles = matrix_tiles(operand_bytes, operand)
+    tiles = matrix_tiles(_operand_bytes(D, dtype), operand)  # one swizzle for all operands
     stored = matrix_tiles(_stored_bytes(D, dtype), dtype)
     width = _stored_bytes(D, dtype) // dtype.itemsize
 

@@ -35,13 +35,21 @@ SHARED = "layer", "scale", "tables", "q", "k", "v", "window"  # inputs of both k
 
 
 def configs(
-    decode: _decode_plan_sm90.Config, prefill: _prefill_plan_sm90.Config, group: int, limits: DeviceLimits
+    decode: _decode_plan_sm90.Config,
+    prefill: _prefill_plan_sm90.Config,
+    *,
+    group: int,
+    head_dim: int,
+    limits: DeviceLimits,
 ) -> tuple[_decode_plan_sm90.Config, _prefill_plan_sm90.Config] | None:
     """The launch configurations of both kinds in one launch, from those of launches of their own; None: it cannot be.
 
-    What fits twice on an SM fits into one thread block: two of decode's programs, with the same bytes in flight.
+    What fits twice on an SM fits into one thread block: two of decode's programs, with the same bytes in flight. Both
+    kinds write one output, which decode must not pad.
     """
     if decode.consumers > 1 or decode.num_programs <= limits.num_sms or prefill.raw_stages:
+        return None
+    if decode_sm90.padded_head_dim(head_dim) > head_dim:
         return None
     programs = limits.num_sms // decode.lanes * decode.lanes  # on half of the SMs
     decode = dataclasses.replace(
@@ -85,7 +93,7 @@ def make_plans(
     block_bytes = STREAM_BYTES * prefill_config.block_kv * kv_head_bytes / (128 * 512)
     reading = jnp.sum(seen.astype(jnp.float32)) * (kv_heads * kv_head_bytes / block_bytes)
     ranges = jnp.arange(1, config.num_programs // config.lanes + 1)
-    sms = -(-ranges * config.lanes // config.consumers)
+    sms = _decode_plan_sm90.busy_blocks(config, ranges)
     programs = prefill_config.num_programs
     together = jnp.maximum(reading / sms, blocks / (programs - sms))
     apart = reading / sms[-1] + blocks / programs
@@ -152,8 +160,8 @@ def attend(
 def _launch(inputs: dict[str, Any], cases: Any) -> tuple[Any, Any, Any]:
     decode, prefill = cases
     outs = decode_sm90.outputs(inputs, decode)
-    for shape in prefill_sm90.lse_type({"plan": inputs["prefill_plan"]}, prefill):
-        outs["prefill_lse"] = shape
+    if prefill.return_lse:
+        outs["prefill_lse"] = prefill_sm90.lse_type(inputs["prefill_plan"], prefill)
     names = (*inputs, *outs)
 
     def body(*arguments):

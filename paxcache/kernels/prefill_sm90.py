@@ -853,10 +853,9 @@ def prepare(
     return inputs, case
 
 
-def lse_type(inputs: dict[str, Any], case: Case) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The log-sum-exp as the kernel writes it, by tile, if it is asked for."""
-    shape = (len(inputs["plan"]) - 1, case.head_items, CONSUMERS, ROWS)
-    return (jax.ShapeDtypeStruct(shape, jnp.float32),) if case.return_lse else ()
+def lse_type(lines: Any, case: Case) -> jax.ShapeDtypeStruct:
+    """The log-sum-exp as the kernel writes it, for the tiles of a plan's lines."""
+    return jax.ShapeDtypeStruct((len(lines) - 1, case.head_items, CONSUMERS, ROWS), jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="case")  # unrolled layers lower it once
@@ -872,7 +871,7 @@ def _launch(out: Any, inputs: dict[str, Any], case: Case) -> tuple[Any, Any]:
 
         results = plgpu.kernel(
             body,
-            out_type=lse_type(inputs, case),
+            out_type=(lse_type(inputs["plan"], case),) if case.return_lse else (),
             grid=(case.config.num_programs,),
             grid_names=("program",),
             num_threads=CONSUMERS + 1,
