@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -21,6 +23,8 @@ hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, d
 hypothesis.settings.register_profile("explore", deadline=None)
 hypothesis.settings.load_profile("fixed")
 
+MOST_MAPPINGS = 25_000  # of the 65,530 that a process may have; a test adds some thousands
+
 
 @functools.cache
 def _why_no_gpu() -> str:
@@ -34,6 +38,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips tests marked `gpu` where there is none, saying why."""
     if item.get_closest_marker("gpu") and (why := _why_no_gpu()):
         pytest.skip(f"needs an NVIDIA GPU: {why}")
+
+
+def pytest_runtest_teardown() -> None:
+    """Drops compiled programs before the process has as many memory mappings as Linux allows, when XLA would crash."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
