@@ -512,7 +512,7 @@ def program_inside_jit() -> Any:
         )
 
     lens = jnp.zeros(6, jnp.int32)
-    arguments = (TABLE, make_cache(num_pages=4096), jnp.zeros((6, 12), jnp.int32), lens, lens, jnp.zeros(6))
+    arguments = (TABLE, make_cache(num_pages=1 << 16), jnp.zeros((6, 12), jnp.int32), lens, lens, jnp.zeros(6))
     return inside.lower(*arguments).compile()
 
 
@@ -523,7 +523,7 @@ def test_inside_jit_with_traced_values():
 
     def inside(prompt_lens, limits):
         values = (np.asarray(prompt_lens, np.int32), np.asarray(limits, np.int32), np.zeros(6, np.float32))
-        out = program_inside_jit()(TABLE, make_cache(num_pages=4096), padded, *values)
+        out = program_inside_jit()(TABLE, make_cache(num_pages=1 << 16), padded, *values)
         paxcache.check(out.cache)
         return out
 
@@ -540,13 +540,13 @@ def test_the_program_copies_no_pool_and_never_calls_the_host():
     compiled = program_inside_jit()
     text = compiled.as_text()
     assert " while(" in text
-    pool = "f32[1,4096,1,4,8]"
+    pool = "f32[1,65536,1,4,8]"
     assert pool in text
     copies = [line for line in text.splitlines() if re.search(rf"= \S*{re.escape(pool)}\S* copy", line)]
     assert copies == []
     for name in ("callback", "infeed", "outfeed", " send(", " recv(", " sort(", " conditional("):
         assert name not in text
-    pool_bytes = 4096 * 4 * 8 * 4
+    pool_bytes = 65536 * 4 * 8 * 4
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * pool_bytes
     assert memory.temp_size_in_bytes < pool_bytes

@@ -236,7 +236,7 @@ def memory(compiled: Any) -> Any:
 
 
 def test_donated_step_updates_the_pool_in_place():
-    model, config = Model(), make_config(num_pages=4096)
+    model, config = Model(), make_config(num_pages=1 << 16)
     variables = paxcache.linen.init_cache(init(model), config)
 
     def run_step(params, cache, tokens, query_lens):

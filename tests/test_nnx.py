@@ -244,7 +244,7 @@ def pool_copies(compiled: Any, kv: paxcache.PagedKVCache) -> list[str]:
 
 
 def test_donated_step_updates_the_pool_in_place():
-    config = make_config(num_pages=4096)
+    config = make_config(num_pages=1 << 16)
     paged, cache = paxcache.nnx.paginate(Model(), config)
     graphdef, state, rest = nnx.split(paged, nnx.Cache, ...)
 

@@ -78,6 +78,13 @@ CASES = {
     "float32, not causal, sinks": Case(
         lens=(40, 30), query_lens=(17, 16), kv_heads=1, group=2, causal=False, sinks=True, dtype=jnp.float32
     ),
+    "nothing to decode, idle row, gaps, tail": Case(
+        lens=(90, 0, 60), query_lens=(70, 0, 33), kv_heads=1, group=2, gaps=True, tail=40
+    ),
+    "many rows decode beside prompts": Case(
+        lens=(600,) * 30 + (300, 0, 70), query_lens=(1,) * 30 + (250, 0, 70), kv_heads=2, group=4, head_dim=128,
+        gaps=True, tail=300,
+    ),
     "fewer tokens than a tile": Case(lens=(50, 20), query_lens=(20, 1), kv_heads=2, group=1, sinks=True),
 }  # fmt: skip
 
@@ -177,9 +184,9 @@ def shared_plan(lens: list[int], query_lens: list[int]) -> tuple[Any, Any]:
             [4096] * 60 + [5120] * 4, [1] * 60 + [1024] * 4, (16, 32), (100, 116), id="as much of both"
         ),
         pytest.param([4096] * 120 + [2048], [1] * 120 + [512], (60, 64), (68, 72), id="much to decode"),
-        pytest.param([1024] * 8 + [8192], [1] * 8 + [8192], (64, 64), (132, 132), id="little to decode"),
-        pytest.param([600] * 16, [600] * 16, (64, 64), (132, 132), id="nothing to decode"),
-        pytest.param([600] * 60, [1] * 60, (60, 64), (68, 132), id="nothing to prefill"),
+        pytest.param([1024] * 8 + [8192], [1] * 8 + [8192], (132, 132), (132, 132), id="little to decode"),
+        pytest.param([600] * 16, [600] * 16, (0, 0), (132, 132), id="nothing to decode"),
+        pytest.param([600] * 60, [1] * 60, (132, 132), (132, 132), id="nothing to prefill"),
     ],
 )
 def test_share_of_the_sms(lens, query_lens, decoding, prefilling):
@@ -197,6 +204,7 @@ def test_share_of_the_sms(lens, query_lens, decoding, prefilling):
 
 # What they add, other cases show too, and the interpreter takes its time.
 ON_GPU_ALONE = {
+    "many rows decode beside prompts",
     "one row on a context",
     "window without holes",
     "window whose left is gone",

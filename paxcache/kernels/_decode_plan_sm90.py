@@ -117,7 +117,7 @@ def decode_plan(
       num_kv_heads, page_size: K, S.
       max_query_len: most query tokens of a row that is served; rows with more are left alone.
       sliding_window: tokens a query sees, itself included; pages left of it are not read.
-      num_ranges: ranges that get work; None: all, or fewer where there is little.
+      num_ranges: ranges that get work, 0 where there is none; None: all, or fewer where there is little.
       config: the launch configuration.
 
     Returns:
@@ -158,6 +158,7 @@ def decode_plan(
     most, fewest = config.num_programs // config.lanes, config.min_programs // config.lanes
     if num_ranges is None:
         num_ranges = jnp.where(total < MIN_TILES * most, fewest, most)
+    busy, num_ranges = busy_blocks(config, num_ranges), jnp.maximum(num_ranges, 1)
     each, more = total // num_ranges, total % num_ranges
 
     def ranges_before(tile):
@@ -209,7 +210,7 @@ def decode_plan(
     by_range = lines(most, *by_range, *(x[row] for x in about_rows), pages)
     by_row = (*about_rows, following, *(x[following] for x in about_rows))
     if config.beside_prefill:
-        by_row = (*by_row, jnp.broadcast_to(busy_blocks(config, num_ranges), (B,)))
+        by_row = (*by_row, jnp.broadcast_to(busy, (B,)))
     by_row = lines(B, *by_row)
     num_joins = count_joins(config, B, turns * config.lanes)
     # Zeros that the compiler cannot know to be zeros: constants may be shared, or made again for every layer.

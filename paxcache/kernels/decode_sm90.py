@@ -781,8 +781,12 @@ def attend_body(refs: dict[str, Any], case: Case, block: Any, **scratch: Any) ->
         q_raw, q_s, p_s, o_s, maxima, own_notes = (
             scratch[x].at[consumer] for x in ("q_raw", "q_s", "p_s", "o_s", "maxima", "notes")
         )
-        programs = busy_blocks * config.consumers if config.beside_prefill else config.num_programs
-        _zero_unowned(program, programs, walk.row_line, tables.shape[0], refs["out"], o_s, case)
+        sharing, programs = program, config.num_programs
+        if config.beside_prefill:
+            blocks = jnp.where(busy_blocks > 0, busy_blocks, case.num_blocks)
+            programs = blocks * config.consumers
+            sharing = jnp.where(block < blocks, consumer * blocks + block, programs)
+        _zero_unowned(sharing, programs, walk.row_line, tables.shape[0], refs["out"], o_s, case)
         scale = refs["scale"][0] * LOG2E
         window = refs["window"][0] if case.windowed else None
         start = _nothing(DP, N, (TILE, N))

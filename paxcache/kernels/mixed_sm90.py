@@ -3,10 +3,8 @@ plans and what they share.
 
 Decode waits for memory and prefill for the matrix unit, each on every SM: one after the other, each leaves idle what
 the other lacks. Here some SMs decode and the others prefill at the same time. How many is a share of the work, counted
-once per step on the device. The first blocks of a launch decode, as many as could be of use, and those without work end
-at once; the blocks behind them prefill.
-
-Few SMs decode better than many: beside half of them, which read as fast as all, prefill waits for memory too.
+once per step on the device. Few SMs decode better than many: beside half of them, which read as fast as all, prefill
+waits for memory too. And they lie scattered: each part of the device (GPC) has its own way to the memory.
 
 Reference: POD-Attention (Kamath et al., 2025) for prefill and decode in one kernel.
 """
@@ -31,6 +29,8 @@ if TYPE_CHECKING:
 WARPGROUPS = _prefill_plan_sm90.CONSUMERS + 1  # of a block, of either kind
 STREAM_BYTES = 120 * 1024
 """What decode reads on an SM while prefill multiplies 128 queries with a block of 128 keys of 128, on an H200."""
+MOST_READERS = 64
+"""SMs that read as fast as all do."""
 SHARED = "layer", "scale", "tables", "q", "k", "v", "window"  # inputs of both kinds
 
 
@@ -51,10 +51,7 @@ def configs(
         return None
     if decode_sm90.padded_head_dim(head_dim) > head_dim:
         return None
-    programs = limits.num_sms // decode.lanes * decode.lanes  # on half of the SMs
-    decode = dataclasses.replace(
-        decode, num_programs=programs, min_programs=programs, consumers=2, beside_prefill=group
-    )
+    decode = dataclasses.replace(decode, consumers=2, beside_prefill=group)
     return decode, dataclasses.replace(prefill, beside_decode=group)
 
 
@@ -89,24 +86,35 @@ def make_plans(
     seen = jnp.where(query_lens == 1, lens, 0)
     if sliding_window is not None:
         seen = jnp.minimum(seen, sliding_window)
-    # Times in blocks of prefill, for each number of ranges that could decode.
     block_bytes = STREAM_BYTES * prefill_config.block_kv * kv_head_bytes / (128 * 512)
     reading = jnp.sum(seen.astype(jnp.float32)) * (kv_heads * kv_head_bytes / block_bytes)
     ranges = jnp.arange(1, config.num_programs // config.lanes + 1)
     sms = _decode_plan_sm90.busy_blocks(config, ranges)
-    programs = prefill_config.num_programs
-    together = jnp.maximum(reading / sms, blocks / (programs - sms))
-    apart = reading / sms[-1] + blocks / programs
-    best = jnp.argmin(together)
-    is_apart = apart <= together[best]
-    num_ranges = jnp.where(is_apart, ranges[-1], ranges[best]).astype(jnp.int32)
-    num_programs = jnp.where(is_apart, programs, programs - sms[best]).astype(jnp.int32)
+    num_ranges, num_programs = _share(reading, blocks, ranges, sms, prefill_config.num_programs)
 
     lines = prefill.lines.at[0, _prefill_plan_sm90.PROGRAMS].set(num_programs)
     decode = _decode_plan_sm90.decode_plan(
         *rows, **for_decode, sliding_window=sliding_window, num_ranges=num_ranges
     )
     return decode, dataclasses.replace(prefill, lines=lines)
+
+
+def _share(reading: Any, blocks: Any, ranges: Any, sms: Any, num_sms: int) -> tuple[Any, Any]:
+    """Ranges that decode and programs that prefill, from the work of both as times of one SM.
+
+    Args:
+      reading, blocks: of decode and of prefill, in blocks of prefill.
+      ranges, sms: how many ranges could decode, and how many SMs they would take.
+      num_sms: of the device.
+    """
+    decoding = reading / jnp.minimum(sms, MOST_READERS)
+    left = num_sms - sms
+    together = jnp.where(left > 0, jnp.maximum(decoding, blocks / jnp.maximum(left, 1)), jnp.inf)
+    best = jnp.argmin(together)
+    is_apart = decoding[-1] + blocks / num_sms <= together[best]
+    num_ranges = jnp.where(is_apart, jnp.where(reading > 0, ranges[-1], 0), ranges[best])
+    num_programs = jnp.where(is_apart, num_sms, left[best])
+    return num_ranges.astype(jnp.int32), num_programs.astype(jnp.int32)
 
 
 def attend(
@@ -156,37 +164,50 @@ def attend(
     return out, prefill_sm90.scatter_lse(lse, by_tile, prefill_plan) if return_lse else None
 
 
+def _role(block: Any, plan: Any, decode: decode_sm90.Case, num_sms: int) -> tuple[Any, Any, Any]:
+    """Whether a thread block decodes; its number among those that do; and among those that prefill.
+
+    The first blocks, one an SM, fill one part of the device after another, so blocks of both kinds take turns. The
+    others find an SM when these end: they prefill where decode had all SMs, or else count as decode's, without work.
+    """
+    busy = plan[decode.num_ranges, _decode_plan_sm90.BUSY_BLOCKS]
+    is_first, at = block < num_sms, jnp.minimum(block, num_sms)
+    before = lax.div(at * busy, num_sms)
+    takes_turn = lax.div((at + 1) * busy, num_sms) > before
+    is_decode = jnp.where(is_first, takes_turn, busy < decode.num_blocks)
+    return is_decode, jnp.where(is_first, before, block - (num_sms - busy)), block - before
+
+
 @functools.partial(jax.jit, static_argnames="cases")  # unrolled layers lower it once
 def _launch(inputs: dict[str, Any], cases: Any) -> tuple[Any, Any, Any]:
     decode, prefill = cases
     outs = decode_sm90.outputs(inputs, decode)
     if prefill.return_lse:
         outs["prefill_lse"] = prefill_sm90.lse_type(inputs["prefill_plan"], prefill)
-    names = (*inputs, *outs)
+    names, num_sms = (*inputs, *outs), prefill.config.num_programs
 
     def body(*arguments):
         refs = dict(zip(names, arguments, strict=True))
         of_prefill = {x: refs[x] for x in ("out", *SHARED) if x in refs}
         of_prefill |= {x.removeprefix("prefill_"): ref for x, ref in refs.items() if x.startswith("prefill_")}
-        block = lax.axis_index("block")
+        is_decode, decode_block, program = _role(lax.axis_index("block"), refs["plan"], decode, num_sms)
         # Blocks of both kinds take one memory.
         scoped = functools.partial(pl.run_scoped, collective_axes="thread")
 
-        @pl.when(block < decode.num_blocks)
+        @pl.when(is_decode)
         def _():
-            run = functools.partial(decode_sm90.attend_body, refs, decode, block)
+            run = functools.partial(decode_sm90.attend_body, refs, decode, decode_block)
             scoped(run, **decode_sm90.scratch_of(decode))
 
-        @pl.when(block >= decode.num_blocks)
+        @pl.when(jnp.logical_not(is_decode))
         def _():
-            program = block - decode.num_blocks
             run = functools.partial(prefill_sm90.program_body, of_prefill, prefill, program)
             scoped(run, **prefill_sm90.scratch_of(prefill))
 
     results = plgpu.kernel(
         body,
         out_type=tuple(outs.values()),
-        grid=(decode.num_blocks + prefill.config.num_programs,),
+        grid=(2 * num_sms,),
         grid_names=("block",),
         num_threads=WARPGROUPS,
         thread_name="thread",
