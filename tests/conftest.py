@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
+
+# How many threads XLA has on a CPU, whatever its cores: it reads this when a backend is first used. The interpreter of
+# GPU kernels runs each warpgroup in one, where it waits for the others.
+os.environ.setdefault("NPROC", "8")
 
 # shard_map is tested on two CPU devices; the number must be set before the first use of a backend.
 jax.config.update("jax_num_cpu_devices", 2)

@@ -512,7 +512,14 @@ def program_inside_jit() -> Any:
         )
 
     lens = jnp.zeros(6, jnp.int32)
-    arguments = (TABLE, make_cache(num_pages=1 << 16), jnp.zeros((6, 12), jnp.int32), lens, lens, jnp.zeros(6))
+    arguments = (
+        TABLE,
+        make_cache(num_pages=1 << 16),
+        jnp.zeros((6, 12), jnp.int32),
+        lens,
+        lens,
+        jnp.zeros(6),
+    )
     return inside.lower(*arguments).compile()
 
 

@@ -105,9 +105,8 @@ def assert_right(case: Case, inputs: dict[str, Any], out: jax.Array, lse: jax.Ar
 
 
 def run(case: Case, inputs: dict[str, Any], **options: Any) -> tuple[jax.Array, jax.Array | None]:
-    """Not jitted as a whole: two kernels interpreted in one program can starve each other of threads."""
-    return attention_sm90.paged_attention(
-        **inputs,
+    attend = functools.partial(
+        attention_sm90.paged_attention,
         max_query_len=inputs["q"].shape[0],
         sm_scale=case.head_dim**-0.5,
         soft_cap=case.soft_cap,
@@ -115,6 +114,7 @@ def run(case: Case, inputs: dict[str, Any], **options: Any) -> tuple[jax.Array, 
         causal=case.causal,
         **{"plan": None, "return_lse": True} | options,
     )
+    return jax.jit(attend)(**inputs)
 
 
 @pytest.fixture
@@ -135,29 +135,44 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(decode_sm90, "default_config", small_decode)
 
 
-def test_interpreted_with_a_share_of_the_programs(monkeypatch):
-    """The plans of one launch of both kinds of blocks. The interpreter runs two: it knows no such launch."""
+def busy_blocks(plan: _decode_plan_sm90.Plan) -> int:
+    """Thread blocks that decode in a launch of both kinds."""
+    config = plan.made_for.config
+    return int(plan.lines[config.num_programs // config.lanes, _decode_plan_sm90.BUSY_BLOCKS])
+
+
+@pytest.mark.parametrize(
+    ("lens", "query_lens", "busy"),
+    [
+        pytest.param((600, 40, 0, 350, 33), (1, 40, 0, 1, 20), 2, id="some blocks decode"),
+        pytest.param((30, 200), (1, 130), 4, id="all blocks, then all prefill"),
+        pytest.param((0, 40, 33), (0, 40, 20), 0, id="nothing to decode"),
+        pytest.param((150, 0, 70), (1, 0, 1), 4, id="nothing to prefill"),
+    ],
+)
+def test_interpreted_in_one_launch(lens, query_lens, busy, monkeypatch):
+    """Of blocks that decode and blocks that prefill, as on four SMs of which two read as fast as all."""
     own = mixed_sm90.configs
 
     def few(*arguments, **options):
         made = own(*arguments, **options)
         assert made is not None
-        programs = 3 * made[0].lanes
-        decode = dataclasses.replace(made[0], num_programs=programs, min_programs=programs, consumers=1)
-        return decode, dataclasses.replace(made[1], num_programs=4)
+        programs = 8 * made[0].lanes
+        return dataclasses.replace(made[0], num_programs=programs), dataclasses.replace(
+            made[1], num_programs=4
+        )
 
     monkeypatch.setattr(mixed_sm90, "configs", few)
-    case = Case(
-        lens=(150, 40, 0, 70, 33),
-        query_lens=(1, 40, 0, 1, 20),
-        kv_heads=1,
-        gaps=True,
-        tail=3,
-        sinks=True,
-        window=90,
-    )
+    monkeypatch.setattr(mixed_sm90, "MOST_READERS", 2)
+    case = Case(lens=lens, query_lens=query_lens, kv_heads=1, gaps=True, tail=20, sinks=True, window=1000)
     inputs = make_inputs(case, seed=1)
-    out, lse = run(case, inputs, interpret=_mosaic.interpreter(detect_races=True))
+    plan = attention_sm90.make_plan(
+        *(inputs[x] for x in ("block_tables", "seq_lens", "query_starts", "query_lens")), **shapes(case),
+        num_tokens=len(inputs["q"]), max_query_len=len(inputs["q"]), dtype=case.dtype, sliding_window=case.window,
+        causal=True, limits=_mosaic.DeviceLimits(),
+    )  # fmt: skip
+    assert busy_blocks(plan.decode[0]) == busy
+    out, lse = run(case, inputs, plan=plan, interpret=_mosaic.interpreter(detect_races=True))
     assert lse is not None
     assert_right(case, inputs, out, lse)
     assert not interpret_pallas_call.get_races().races_found
@@ -192,8 +207,7 @@ def shared_plan(lens: list[int], query_lens: list[int]) -> tuple[Any, Any]:
 def test_share_of_the_sms(lens, query_lens, decoding, prefilling):
     decode, prefill = shared_plan(lens, query_lens)
     config = decode.made_for.config
-    num_ranges = config.num_programs // config.lanes
-    busy = int(decode.lines[num_ranges, _decode_plan_sm90.BUSY_BLOCKS])
+    num_ranges, busy = config.num_programs // config.lanes, busy_blocks(decode)
     assert decoding[0] <= busy <= decoding[1]
     assert prefilling[0] <= prefill.lines[0, _prefill_plan_sm90.PROGRAMS] <= prefilling[1]
     # All tiles lie in ranges of blocks that have work.

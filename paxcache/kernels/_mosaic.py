@@ -91,7 +91,11 @@ def require_hopper(limits: DeviceLimits, prefix: str = "") -> None:
 
 
 def interpreter(*, detect_races: bool = False) -> Any:
-    """The value of a kernel's ``interpret=`` that runs it on the CPU, optionally with the race detector."""
+    """The value of a kernel's ``interpret=`` that runs it on the CPU, optionally with the race detector.
+
+    Each warpgroup takes a thread of XLA's, which has as many as there are cores unless the environment's NPROC says
+    otherwise. With less than one for each warpgroup of a block it may hang.
+    """
     return plgpu.InterpretGPUParams(detect_races=detect_races)
 
 

@@ -304,18 +304,17 @@ def paged_attention(
         "sliding_window": sliding_window,
         "sinks": sinks,
         "causal": causal,
+        "interpret": interpret,
     }
     pools = k_pages, k_pages if v_pages is None else v_pages, layer
     rows = _rows_of_decode((block_tables, seq_lens, query_starts, query_lens), shapes, causal)
     padding = shapes.padded_tokens - T
     if padding:
         q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
-    # The interpreter knows no launch of two kinds of blocks: it runs two with the same plans.
-    if prefill_plan is not None and prefill_plan.made_for.config.beside_decode and interpret is None:
+    if prefill_plan is not None and prefill_plan.made_for.config.beside_decode:
         plans = {"decode_plan": decode_plan, "prefill_plan": prefill_plan}
         out, lse = mixed_sm90.attend(q, *pools, *rows, return_lse=return_lse, **plans, **options)
     else:
-        options["interpret"] = interpret
         out, lse = decode_sm90.decode(
             q,
             *pools,

@@ -1138,8 +1138,8 @@ def prepare(
     }
     if config is None:
         config = default_config(**shapes, num_heads=H, head_dim=D, dtype=k_pages.dtype)
-    if interpret is not None:  # which starves on two cores where more than three warpgroups of a block wait
-        config = dataclasses.replace(config, fused_join=False, consumers=1)
+    if interpret is not None:
+        config = dataclasses.replace(config, fused_join=False)
     if plan is None:
         plan = decode_plan(
             block_tables,

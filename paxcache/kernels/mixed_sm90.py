@@ -141,9 +141,7 @@ def attend(
       options: what `decode` and `prefill` have in common.
     """
     pools = k_pages, v_pages, layer, block_tables
-    own, prefill_case = prefill_sm90.prepare(
-        q, *pools, return_lse=return_lse, plan=prefill_plan, interpret=None, **options
-    )
+    own, prefill_case = prefill_sm90.prepare(q, *pools, return_lse=return_lse, plan=prefill_plan, **options)
     inputs, decode_case = decode_sm90.prepare(
         own["q"],
         *pools,
@@ -154,7 +152,6 @@ def attend(
         return_lse=return_lse,
         plan=decode_plan,
         config=decode_plan.made_for.config,
-        interpret=None,
         **options | {"sm_scale": own["scale"][0]},
     )
     inputs |= {x: own[x] for x in ("window",) if x in own}
@@ -215,7 +212,8 @@ def _launch(inputs: dict[str, Any], cases: Any) -> tuple[Any, Any, Any]:
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         kernel_name="paxcache_mixed",
+        interpret=prefill.interpret,
     )(*inputs.values())
     results = dict(zip(outs, results, strict=True))
-    out, lse = decode_sm90.completed(inputs, results, decode, None)
+    out, lse = decode_sm90.completed(inputs, results, decode, prefill.interpret)
     return out, lse, results.get("prefill_lse")
