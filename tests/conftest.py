@@ -12,9 +12,9 @@ import hypothesis
 import jax
 import pytest
 
-# How many threads XLA has on a CPU, whatever its cores: it reads this when a backend is first used. The interpreter of
-# GPU kernels runs each warpgroup in one, where it waits for the others.
-os.environ.setdefault("NPROC", "8")
+# XLA has as many threads as a CPU has cores, or as this says, which it reads when a backend is first used. The
+# interpreter of GPU kernels runs each warpgroup in one, where it waits for the others: two are too few.
+os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
 
 # shard_map is tested on two CPU devices; the number must be set before the first use of a backend.
 jax.config.update("jax_num_cpu_devices", 2)
