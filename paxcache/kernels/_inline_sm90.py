@@ -472,6 +472,32 @@ def keep_columns(x: Any, fill: float, *, last: Any, after: Any = None, interpret
     return inlined(keep)(x, *(bound for _, bound in given))
 
 
+def widen(x: Any, num_columns: int, *, interpreted: bool) -> Any:
+    """A matrix with zeros for more columns on its right, in the layout of the matrix unit.
+
+    Args:
+      x: [64, N], of two bytes an element.
+      num_columns: of the result.
+      interpreted: whether the interpreter runs the kernel.
+    """
+    if interpreted:
+        return jnp.pad(x, ((0, 0), (0, num_columns - x.shape[1])))
+
+    def pad(_, x):
+        pair = x.registers.flat[0].type
+        zero = arith.constant(
+            pair, ir.DenseElementsAttr.get_splat(pair, ir.FloatAttr.get(pair.element_type, 0.0))
+        )
+        registers = np.full(x.layout.registers_shape((x.shape[0], num_columns)), zero, object)
+        registers.reshape(-1, 2)[: x.registers.size // 2] = x.registers.reshape(-1, 2)
+        return type(x)(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    matrix = plgpu.Layout.WGMMA
+    shape: Any = plgpu.ShapeDtypeStruct((x.shape[0], num_columns), x.dtype, layout=matrix)
+    inlined: Any = plgpu.inline_mgpu(arg_types=(matrix,), return_type=shape)
+    return inlined(pad)(x)
+
+
 def store_untransposed(values: Any, ref: Any) -> None:
     """Puts [columns, n] in the order of `load_bytes`, transposed, into a plain buffer [n, columns] in the right one.
 

@@ -41,6 +41,7 @@ from paxcache.kernels._inline_sm90 import (
     gather,
     keep_columns,
     recomputed,
+    widen,
     zero_rows,
 )
 from paxcache.kernels._mosaic import (
@@ -76,6 +77,7 @@ from paxcache.kernels._prefill_plan_sm90 import (
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
 
+MIN_BLOCK = 64  # keys of the last block that are multiplied, where no more are seen
 MASKED = -1e30  # finite, so that a block in which a query sees nothing leaves no NaN behind
 
 
@@ -462,9 +464,10 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
             def block_start(t):
                 return last_start - t * block
 
-            def scores(acc, slot):
+            def scores(acc, slot, width=block):
                 for d in range(chunks):
-                    plgpu.wgmma(acc, q_s.at[wg, d], k_s.at[slot, :, pl.ds(chunk * d, chunk)].T)
+                    keys = k_s.at[slot, pl.ds(0, width), pl.ds(chunk * d, chunk)]
+                    plgpu.wgmma(acc, q_s.at[wg, d], keys.T)
 
             def holes_of(t):
                 """A bit for each copy of a block that would have come from a hole."""
@@ -531,26 +534,37 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
                 plgpu.commit_smem()
                 return acc
 
-            def only_scores(slot):
+            def only_scores(slot, width=block):
                 def product(acc):
-                    scores(acc, slot)
+                    scores(acc, slot, width)
                     end_turn()
                     return acc[...]
 
-                return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, block), jnp.float32))
+                return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32))
 
             # Block 0: scores alone. A consumer waits for its queries once an item.
+            holes = lax.cond(holes_end > 0, lambda: holes_of(0), lambda: jnp.int32(0))
             slot = key_slot(0)
             plgpu.barrier_wait(q_full.at[wg])
             plgpu.barrier_wait(k_full.at[slot])  # the block's keys
             begin_turn()
-            s = only_scores(slot)
-            plgpu.barrier_arrive(k_free.at[slot])  # the keys may be overwritten
-            holes = lax.cond(holes_end > 0, lambda: holes_of(0), lambda: jnp.int32(0))
-            nothing = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), EACH_ROW)
-            zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), EACH_ROW)
-            m, l, _, p = softmax(s, nothing, zero, 0, True, holes)
-            p = p.astype(case.dtype)
+
+            def first_weights(width):
+                """Of block 0's first keys, which are all that are seen."""
+                s = only_scores(slot, width)
+                plgpu.barrier_arrive(k_free.at[slot])  # the keys may be overwritten
+                nothing = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), EACH_ROW)
+                zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), EACH_ROW)
+                m, l, _, p = softmax(s, nothing, zero, 0, True, holes)
+                p = p.astype(case.dtype)
+                return m, l, p if width == block else widen(p, block, interpreted=not on_gpu)
+
+            if block > MIN_BLOCK:
+                seen = length - last_start if not case.causal else ahead + ROWS
+                widths = (functools.partial(first_weights, x) for x in (MIN_BLOCK, block))
+                m, l, p = lax.cond(seen <= MIN_BLOCK, *widths)
+            else:
+                m, l, p = first_weights(block)
             plgpu.barrier_wait(v_full.at[value_slot(0)])  # the block's values
             clean_values(0, holes)  # only here can a row end
             acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), MATRIX)
