@@ -4,7 +4,7 @@ plans and what they share.
 Decode waits for memory and prefill for the matrix unit, each on every SM: one after the other, each leaves idle what
 the other lacks. Here some SMs decode and the others prefill at the same time. How many is a share of the work, counted
 once per step on the device. Few SMs decode better than many: beside half of them, which read as fast as all, prefill
-waits for memory too. And they lie scattered: each part of the device (GPC) has its own way to the memory.
+waits for memory too. And they lie scattered: SMs that lie together get less of the memory's bandwidth.
 
 Reference: POD-Attention (Kamath et al., 2025) for prefill and decode in one kernel.
 """
@@ -30,7 +30,7 @@ WARPGROUPS = _prefill_plan_sm90.CONSUMERS + 1  # of a block, of either kind
 STREAM_BYTES = 120 * 1024
 """What decode reads on an SM while prefill multiplies 128 queries with a block of 128 keys of 128, on an H200."""
 MOST_READERS = 64
-"""SMs that read as fast as all do."""
+"""SMs that read about as fast as all do, on an H200."""
 SHARED = "layer", "scale", "tables", "q", "k", "v", "window"  # inputs of both kinds
 
 
@@ -164,8 +164,8 @@ def attend(
 def _role(block: Any, plan: Any, decode: decode_sm90.Case, num_sms: int) -> tuple[Any, Any, Any]:
     """Whether a thread block decodes; its number among those that do; and among those that prefill.
 
-    The first blocks, one an SM, fill one part of the device after another, so blocks of both kinds take turns. The
-    others find an SM when these end: they prefill where decode had all SMs, or else count as decode's, without work.
+    The first blocks, one an SM, go to SMs that lie together, so blocks of both kinds take turns. The others find an SM
+    when these end: they prefill where decode had all SMs, or else count as decode's, without work.
     """
     busy = plan[decode.num_ranges, _decode_plan_sm90.BUSY_BLOCKS]
     is_first, at = block < num_sms, jnp.minimum(block, num_sms)
