@@ -15,7 +15,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 import aot
-from paxcache.kernels import _mosaic, decode_sm90
+from paxcache.kernels import _decode_plan_sm90, _mosaic, decode_sm90
 from rows import Case, assert_right, make_inputs, pool_shape
 
 CASES = {
@@ -265,7 +265,10 @@ def test_plan_visits_every_tile_once(piece_len, window, seed):
     sizes = [len(x) for x in visited if x]
     pieces = {}
     for g, steps in enumerate(visited):
-        size = [max(piece_len // d.TILE, -(-n // d.MAX_PIECES)) if piece_len else 10**9 for n in num_tiles]
+        size = [
+            max(piece_len // d.TILE, -(-n // _decode_plan_sm90.MAX_PIECES)) if piece_len else 10**9
+            for n in num_tiles
+        ]
         mine = list(dict.fromkeys((b, h, t // size[b]) for b, h, t in steps))
         assert lines[g, d.PIECES] == len(mine)
         for b, h, t in mine:

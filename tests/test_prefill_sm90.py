@@ -241,20 +241,19 @@ def test_interpreted_without_races(name, few_programs):
     assert not interpret_pallas_call.get_races().races_found
 
 
-def test_negative_scale(few_programs):
+@pytest.mark.parametrize("sign", [-1.0, 0.0])
+def test_scale_that_is_not_positive(few_programs, sign):
     case = Case(lens=(70,), query_lens=(40,), kv_heads=1, group=2)
     inputs = make_inputs(case, seed=0)
-    flipped = inputs | {"q": -inputs["q"]}
-    wanted, _ = run(case, inputs, interpret=_mosaic.interpreter())
+    wanted, _ = run(case, inputs | {"q": inputs["q"] * sign}, interpret=_mosaic.interpreter())
 
     def f(scale):
         return attention_sm90.paged_attention(
-            **flipped, max_query_len=40, sm_scale=scale, soft_cap=None, sliding_window=None, causal=True,
+            **inputs, max_query_len=40, sm_scale=scale, soft_cap=None, sliding_window=None, causal=True,
             return_lse=False, plan=None, interpret=_mosaic.interpreter(),
         )[0]  # fmt: skip
 
-    scale = -(case.head_dim**-0.5)
-    np.testing.assert_array_equal(np.asarray(wanted), np.asarray(f(jnp.float32(scale))))
+    np.testing.assert_array_equal(np.asarray(wanted), np.asarray(f(jnp.float32(sign * case.head_dim**-0.5))))
 
 
 def test_under_vmap():
@@ -382,9 +381,7 @@ def test_plan_covers_what_is_seen(seed, window, causal):
     lines = np.asarray(made.lines)
     count = lines[0, 0]
     assert count <= len(lines) - 1
-    costs = lines[1 : count + 1, p.BLOCKS]
-    assert (np.diff(costs) <= 0).all()
-    seen = []
+    seen, multiplied = [], []
     for line in lines[1 : count + 1]:
         row, length = line[p.ROW], line[p.LENGTH]
         assert length == lens[row]
@@ -394,6 +391,9 @@ def test_plan_covers_what_is_seen(seed, window, causal):
         first_key = line[p.FIRST_BLOCK] * 128
         end_key = first_key + line[p.BLOCKS] * 128
         full = end_key - 128 * line[p.FULL_END], end_key - 128 * line[p.FULL_BEGIN]
+        last_key = line[p.POSITION] + line[p.SKIP] + line[p.COUNT] - 1 if causal else length - 1
+        is_half = line[p.BLOCKS] <= p.FEW_BLOCKS and last_key < end_key - 64
+        multiplied.append(128 * line[p.BLOCKS] - 64 * is_half)
         for i in range(line[p.SKIP], line[p.SKIP] + line[p.COUNT]):
             token, position = line[p.TOKEN] + i, line[p.POSITION] + i
             assert position == length - queries[row] + token - starts[row]
@@ -407,6 +407,7 @@ def test_plan_covers_what_is_seen(seed, window, causal):
                 assert full[1] <= high
         if row == holed and (window is None or line[p.FULL_BEGIN] == line[p.FULL_END] == line[p.BLOCKS]):
             assert line[p.HOLES_END] == line[p.BLOCKS]
+    assert (np.diff(multiplied) <= 0).all()  # the most expensive first
     assert sorted(seen) == [(b, i) for b in range(5) if queries[b] >= 2 for i in range(queries[b])]
 
 

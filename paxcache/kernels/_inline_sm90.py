@@ -72,6 +72,17 @@ def _load_four(base: Any, address: Any, layout: Any) -> list[Any]:
     return [llvm.extractvalue(ir.IntegerType.get_signless(32), loaded, [i]) for i in range(4)]
 
 
+def _store_matrices(base: Any, address: Any, matrices: Any, layout: Any) -> None:
+    """Stores two or four matrices of 8 rows of 16 bytes, of which each lane gives the address of one row."""
+    nvvm.stmatrix(
+        mgpu_utils.getelementptr(base, [address], ir.IntegerType.get_signless(8)),
+        [mgpu_utils.bitcast(two, ir.IntegerType.get_signless(32)) for two in matrices.reshape(-1)],
+        layout=layout,
+        shape=ir.Attribute.parse("#nvvm.ld_st_matrix_shape<m=8, n=8>"),
+        elt_type=nvvm.LdStMatrixEltType.B16,
+    )
+
+
 def _as_halves(stored: Any, dtype: Any, pairs: Sequence[tuple[int, int]]) -> list[list[Any]]:
     """Pairs of the four bytes of a register as float16[2]; the numbers of 4 bits in two lists, of the low ones first.
 
@@ -432,7 +443,8 @@ def reciprocal(x: Any, *, interpreted: bool) -> Any:
 def keep_columns(x: Any, fill: float, *, last: Any, after: Any = None, interpreted: bool) -> Any:
     """A matrix with `fill` for the columns of each row that are not kept, in the layout of the matrix unit.
 
-    Compares a number a row with constants. What Pallas makes of an iota keeps a register for each column in a loop.
+    A thread's columns of a row are bits of a mask, of which one instruction makes seven predicates (as in
+    FlashAttention-4). What Pallas makes of an iota keeps a register for each column in a loop.
 
     Args:
       x: f32[64, N].
@@ -447,8 +459,14 @@ def keep_columns(x: Any, fill: float, *, last: Any, after: Any = None, interpret
         if after is not None:
             kept &= columns > after[:, None]
         return jnp.where(kept, x, fill)
-    signed = arith.CmpIPredicate
-    given = [(signed.sge, last)] if after is None else [(signed.slt, after), (signed.sge, last)]
+    bits = 32  # of a mask: two neighbouring columns of each eight
+
+    def up_to(bound, first_bit):
+        """A mask with a one for each of the thread's columns, from `first_bit` on, that is not past a bound."""
+        in_eight = arith.minsi(arith.andi(bound, _i32(7)), _i32(1))
+        ones = arith.addi(arith.muli(arith.shrsi(bound, _i32(3)), _i32(2)), in_eight)
+        ones = arith.maxsi(arith.addi(ones, _i32(1 - first_bit)), _i32(0))
+        return mgpu_utils.inline_ptx("bmsk.clamp.b32 $0, 0, $1;", ones, result_types=ones.type)
 
     def keep(_, x, *bounds):
         pair, (_, lane) = ir.VectorType.get((2,), ir.F32Type.get()), _place()
@@ -458,18 +476,26 @@ def keep_columns(x: Any, fill: float, *, last: Any, after: Any = None, interpret
         other = arith.constant(pair.element_type, ir.FloatAttr.get(pair.element_type, fill))
         registers = np.empty_like(x.registers)
         source, target = (r.reshape(-1, 2) for r in (x.registers, registers))
-        for eight, half in np.ndindex(source.shape):
-            numbers = [vector.extract(source[eight, half], [], [j]) for j in range(2)]
-            for j, ((order, _), bound) in itertools.product(range(2), zip(given, bounds, strict=True)):
-                kept = arith.cmpi(order, bound[half], _i32(8 * eight + j))
-                numbers[j] = arith.select(kept, numbers[j], other)
-            target[eight, half] = vector.from_elements(pair, numbers)
+        for first_bit, half in itertools.product(range(0, 2 * len(source), bits), range(2)):
+            kept, *left_out = (up_to(bound[half], first_bit) for bound in bounds)
+            for mask in left_out:
+                kept = arith.andi(kept, arith.xori(mask, _i32(-1)))
+            for eight in range(first_bit // 2, min((first_bit + bits) // 2, len(source))):
+                numbers = []
+                for j in range(2):
+                    bit = 1 << (2 * eight + j - first_bit)
+                    bit = arith.andi(kept, _i32(bit if bit < 1 << 31 else -bit))
+                    is_kept = arith.cmpi(arith.CmpIPredicate.ne, bit, _i32(0))
+                    number = vector.extract(source[eight, half], [], [j])
+                    numbers.append(arith.select(is_kept, number, other))
+                target[eight, half] = vector.from_elements(pair, numbers)
         return type(x)(_registers=registers, _layout=x.layout, _is_signed=None)
 
+    given = [last] if after is None else [last, after]
     matrix, rows = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
     shape: Any = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=matrix)
     inlined: Any = plgpu.inline_mgpu(arg_types=(matrix, *(rows for _ in given)), return_type=shape)
-    return inlined(keep)(x, *(bound for _, bound in given))
+    return inlined(keep)(x, *given)
 
 
 def widen(x: Any, num_columns: int, *, interpreted: bool) -> Any:
@@ -496,6 +522,131 @@ def widen(x: Any, num_columns: int, *, interpreted: bool) -> Any:
     shape: Any = plgpu.ShapeDtypeStruct((x.shape[0], num_columns), x.dtype, layout=matrix)
     inlined: Any = plgpu.inline_mgpu(arg_types=(matrix,), return_type=shape)
     return inlined(pad)(x)
+
+
+def scaled_halves(x: Any, factors: Any, dtype: Any, *, interpreted: bool) -> Any:
+    """The rows of a matrix times a factor each, as halves; zeros where the factor is zero, whatever the row holds.
+
+    Args:
+      x: f32[64, N], in the layout of the matrix unit.
+      factors: f32[64], in the layout's reduction.
+      dtype: float16 or bfloat16.
+      interpreted: whether the interpreter runs the kernel.
+    """
+    if interpreted:
+        return jnp.where(factors[:, None] != 0, x * factors[:, None], 0).astype(dtype)
+
+    def scale(_, x, factors):
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        halves = ir.VectorType.get((2,), mgpu_utils.dtype_to_ir_type(dtype))
+        factors = [_first(r) for r in factors.registers.reshape(-1)]
+        zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
+        used = [arith.cmpf(arith.CmpFPredicate.UNE, factor, zero) for factor in factors]
+        masks = [
+            arith.select(is_used, _i32(-1), _i32(0)) for is_used in used
+        ]  # one operation for two numbers
+        registers = np.empty_like(x.registers)
+        source, target = (r.reshape(-1, 2) for r in (x.registers, registers))
+        for eight, half in np.ndindex(source.shape):
+            pair = source[eight, half]
+            product = arith.mulf(pair, vector.broadcast(pair.type, factors[half]))
+            bits = mgpu_utils.bitcast(arith.truncf(halves, product), i32)
+            target[eight, half] = mgpu_utils.bitcast(arith.andi(bits, masks[half]), halves)
+        return type(x)(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    matrix = plgpu.Layout.WGMMA
+    shape: Any = plgpu.ShapeDtypeStruct(x.shape, dtype, layout=matrix)
+    inlined: Any = plgpu.inline_mgpu(arg_types=(matrix, matrix.reduce(1)), return_type=shape)
+    return inlined(scale)(x, factors)
+
+
+def store_slices(values: Any, ref: Any, *, interpreted: bool) -> None:
+    """Stores a matrix slice by slice of its columns, without the barriers that Pallas puts around every store.
+
+    Addresses are computed anew: none is kept in a register from one call in a loop to the next.
+
+    Args:
+      values: halves [64, N], in the layout of the matrix unit.
+      ref: [slices, 64, N / slices] in shared memory, with the transforms of `matrix_tiles`, a tile wide. All threads
+        know that what it held is no longer needed.
+      interpreted: whether the interpreter runs the kernel.
+    """
+    slices, rows, columns = ref.shape
+    if interpreted:
+        for i in range(slices):
+            ref[i] = values[:, columns * i : columns * (i + 1)]
+        return
+    row_bytes = columns * ref.dtype.itemsize
+    if row_bytes != swizzle_bytes(row_bytes):
+        raise ValueError(f"ref: rows must be as wide as a tile, got {row_bytes} bytes")
+
+    def store(_, values, ref):
+        base, registers = mgpu_utils.memref_ptr(ref), values.registers.reshape(slices, columns // 8, 2)
+        warp, lane = _place()
+        lane = mgpu_utils.inline_ptx("mov.b32 $0, $1;", lane, result_types=lane.type, has_side_effects=True)
+        # Each eight lanes give the addresses of the rows of one 8 x 8 matrix: upper and lower rows by turns.
+        row = arith.addi(arith.muli(warp, _i32(16)), arith.remui(lane, _i32(16)))
+        byte = arith.muli(arith.divui(lane, _i32(16)), _i32(16))
+        address = _tile_address(row, byte, row_bytes, row_bytes)
+        for i, eight in itertools.product(range(slices), range(0, columns // 8, 2)):
+            at = arith.addi(arith.xori(address, _i32(16 * eight)), _i32(i * rows * row_bytes))
+            _store_matrices(base, at, registers[i, eight : eight + 2], nvvm.MMALayout.row)
+
+    types = plgpu.Layout.WGMMA, plgpu.RefType(matrix_tiles(row_bytes, ref.dtype))
+    inlined: Any = plgpu.inline_mgpu(arg_types=types)(store)
+    inlined(values, ref)
+
+
+def store_transposed(x: Any, ref: Any, *, tile_bytes: int | None = None, interpreted: bool) -> None:
+    """Stores a matrix transposed, without the barriers that Pallas puts around every store.
+
+    Args:
+      x: halves [M, N], in the layout of the matrix unit; of one block of rows where `ref` is tiled.
+      ref: [N, M] in shared memory. All threads know that what it held is no longer needed.
+      tile_bytes: for whose rows it has the transforms of `matrix_tiles`; None: it has none.
+      interpreted: whether the interpreter runs the kernel.
+    """
+    if interpreted:
+        ref[...] = x.T
+        return
+    N, M = ref.shape
+    row_bytes = 2 * M
+
+    def store(_, x, ref):
+        base, registers = mgpu_utils.memref_ptr(ref), x.registers.reshape(M // 64, N // 8, 2)
+        warp, lane = _place()
+        # Each eight lanes give the addresses of the rows of one 8 x 8 matrix: upper and lower 8 rows of x by turns.
+        row = arith.addi(arith.remui(lane, _i32(8)), arith.muli(arith.divui(lane, _i32(16)), _i32(8)))
+        half = arith.remui(arith.divui(lane, _i32(8)), _i32(2))
+        byte = arith.addi(arith.muli(warp, _i32(32)), arith.muli(half, _i32(16)))
+        if tile_bytes is None:
+            address = arith.addi(arith.muli(row, _i32(row_bytes)), byte)
+        else:
+            address = _tile_address(row, byte, row_bytes, swizzle_bytes(tile_bytes))
+        for block, eight in itertools.product(range(M // 64), range(0, N // 8, 2)):
+            at = arith.addi(address, _i32(128 * block + 8 * eight * row_bytes))
+            _store_matrices(base, at, registers[block, eight : eight + 2], nvvm.MMALayout.col)
+
+    transforms = () if tile_bytes is None else matrix_tiles(tile_bytes, ref.dtype)
+    inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(transforms)))(store)
+    inlined(x, ref)
+
+
+def store_arrays(
+    refs: Sequence[Any], arrays: Sequence[Any], layouts: Sequence[Any], *, interpreted: bool
+) -> None:
+    """Stores arrays in global memory, each thread its registers, without the barriers around every store."""
+    if interpreted:
+        for ref, array in zip(refs, arrays, strict=True):
+            ref[...] = array
+        return
+
+    def store(_, *operands):
+        for array, ref in zip(operands[: len(refs)], operands[len(refs) :], strict=True):
+            array.store_untiled(ref, optimized=False)
+
+    inlined: Any = plgpu.inline_mgpu(arg_types=(*layouts, *(plgpu.RefType() for _ in refs)))(store)
+    inlined(*arrays, *refs)
 
 
 def store_untransposed(values: Any, ref: Any) -> None:
@@ -526,33 +677,34 @@ def store_untransposed(values: Any, ref: Any) -> None:
     inlined(values, ref)
 
 
-def arrive(counter: Any, limit_and_result: Any) -> None:
+def arrive(counter: Any, limit: Any, result: Any) -> None:
     """Counts one arrival of the calling warpgroup at `counter`, across thread blocks.
 
-    ``limit_and_result`` is an int32[2] in shared memory: it holds the number of the last arrival (counted from
-    0) and receives the number of this one. The last arrival sets the counter back to 0.
+    ``limit`` is the number of the last arrival, counted from 0; ``result``, an int32[1] in shared memory, receives the
+    number of this one. The last arrival sets the counter back to 0.
 
     Every write to global memory that the warpgroup made before is visible to the warpgroups that arrive later:
     all its threads meet at a barrier, one of them does the acquire-release increment, all meet again. Pallas'
     own atomics return nothing, and its semaphores are cleared by an operation of their own before each launch.
     """
 
-    def increment(_, counter, limit_and_result):
-        zero, one = (mgpu_utils.c(i, ir.IndexType.get()) for i in (0, 1))
+    def increment(_, counter, limit, result):
+        zero = mgpu_utils.c(0, ir.IndexType.get())
         mgpu_utils.warpgroup_barrier()
         with mgpu_utils.single_thread(scope=mgpu_utils.ThreadSubset.WARPGROUP):
             before = mgpu_utils.inline_ptx(
                 "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;",
                 mgpu_utils.memref_ptr(counter),
-                memref.load(limit_and_result, [zero]),
+                limit.registers.item(),
                 result_types=ir.IntegerType.get_signless(32),
                 has_side_effects=True,
             )
-            memref.store(before, limit_and_result, [one])
+            memref.store(before, result, [zero])
         mgpu_utils.warpgroup_barrier()
 
-    inlined: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))(increment)
-    inlined(counter, limit_and_result)
+    types = plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), plgpu.RefType()
+    inlined: Any = plgpu.inline_mgpu(arg_types=types)(increment)
+    inlined(counter, limit, result)
 
 
 def row_layout(shape: tuple[int, int, int], vector_len: int) -> Any:

@@ -21,6 +21,7 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 
 from paxcache.kernels import _decode_plan_sm90, _prefill_plan_sm90, decode_sm90, prefill_sm90
+from paxcache.kernels._decode_case_sm90 import padded_head_dim
 from paxcache.kernels._mosaic import DeviceLimits, off_mesh, pl, plgpu
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def configs(
     """
     if decode.consumers > 1 or decode.num_programs <= limits.num_sms or prefill.raw_stages:
         return None
-    if decode_sm90.padded_head_dim(head_dim) > head_dim:
+    if padded_head_dim(head_dim) > head_dim:
         return None
     decode = dataclasses.replace(decode, consumers=2, beside_prefill=group)
     return decode, dataclasses.replace(prefill, beside_decode=group)

@@ -41,6 +41,8 @@ from paxcache.kernels._inline_sm90 import (
     gather,
     keep_columns,
     recomputed,
+    scaled_halves,
+    store_slices,
     widen,
     zero_rows,
 )
@@ -63,6 +65,7 @@ from paxcache.kernels._prefill_plan_sm90 import (
     FULL_END,
     HOLES_END,
     LENGTH,
+    MIN_BLOCK,
     POSITION,
     PROGRAMS,
     ROW,
@@ -77,9 +80,10 @@ from paxcache.kernels._prefill_plan_sm90 import (
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
 
-MIN_BLOCK = 64  # keys of the last block that are multiplied, where no more are seen
-MASKED = -1e30  # finite, so that a block in which a query sees nothing leaves no NaN behind
-
+NOTHING_SEEN = -1e30  # a row's maximum then; finite, so that a block without a score leaves no NaN behind
+MIN_SCALE = (
+    1e-30  # of scores in powers of two: 0 * -inf is NaN, and scores of the smallest scale are all 0 too
+)
 
 MATRIX = plgpu.Layout.WGMMA
 EACH_ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -133,7 +137,8 @@ class Case:
         """Of a consumer's thread and of a producer's, which holds the page of each of its copies, or converts."""
         if self.form is not None:
             return 208, 88
-        return (240, 24) if self.config.block_kv // self.copy_len <= 8 else (232, 40)
+        few_copies = self.config.block_kv // self.copy_len <= 8
+        return (240, 24) if few_copies and self.head_dim > 192 else (232, 40)
 
     @property
     def copy_len(self) -> int:
@@ -433,7 +438,7 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
     def _consumer():
         if on_gpu:
             plgpu.set_max_registers(case.registers[0], action="increase")
-        scale = refs["scale"][0] * LOG2E
+        scale = jnp.maximum(refs["scale"][0] * LOG2E, MIN_SCALE)
         window = refs["window"][0] if case.windowed else None
 
         def begin_turn():
@@ -486,7 +491,7 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
                     end = length - block_start(t) - 1
                     last = plgpu.layout_cast(jnp.full((ROWS,), 0, jnp.int32) + end, EACH_ROW)
                 after = own - window if case.windowed else None
-                return keep_columns(s, MASKED, after=after, last=last, interpreted=not on_gpu)
+                return keep_columns(s, -math.inf, after=after, last=last, interpreted=not on_gpu)
 
             def softmax(s, m, l, t, masked, holes=None):
                 """New maximum and denominator, the factor of what was summed up, and the weights."""
@@ -494,17 +499,15 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
                 if case.soft_cap is not None:
                     s, factor = soft_cap(s * scale, case.soft_cap, interpreted=not on_gpu), 1.0
                 if masked:
-                    s, factor = mask(s * factor, t), 1.0
+                    s = mask(s, t)
                     if holes is not None:  # most blocks have none
                         fill = functools.partial(
-                            fill_parts, fill=MASKED, bits=holes, part_len=copy_len, interpreted=not on_gpu
+                            fill_parts, fill=-math.inf, bits=holes, part_len=copy_len, interpreted=not on_gpu
                         )
                         s = lax.cond(holes != 0, fill, lambda s: s, s)
                 new = jnp.maximum(m, s.max(axis=1) * factor)
                 shrink = jnp.exp2(m - new)
-                p = jnp.exp2(
-                    s * factor - _down(new, s)
-                )  # a fused multiply-add each: the scale is not negative
+                p = jnp.exp2(s * factor - _down(new, s))  # a fused multiply-add each: the scale is positive
                 return new, l * shrink + p.sum(axis=1), shrink, p
 
             def clean_values(t, holes):
@@ -553,14 +556,16 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
                 """Of block 0's first keys, which are all that are seen."""
                 s = only_scores(slot, width)
                 plgpu.barrier_arrive(k_free.at[slot])  # the keys may be overwritten
-                nothing = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), EACH_ROW)
+                nothing = plgpu.layout_cast(jnp.full((ROWS,), NOTHING_SEEN, jnp.float32), EACH_ROW)
                 zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), EACH_ROW)
                 m, l, _, p = softmax(s, nothing, zero, 0, True, holes)
                 p = p.astype(case.dtype)
                 return m, l, p if width == block else widen(p, block, interpreted=not on_gpu)
 
             if block > MIN_BLOCK:
-                seen = length - last_start if not case.causal else ahead + ROWS
+                seen = length - last_start
+                if case.causal:
+                    seen = jnp.minimum(seen, ahead + ROWS)
                 widths = (functools.partial(first_weights, x) for x in (MIN_BLOCK, block))
                 m, l, p = lax.cond(seen <= MIN_BLOCK, *widths)
             else:
@@ -619,6 +624,7 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
             offset, head = tokens_and_head(line, head_item, wg)
             # Read before the last product, which hides their latency.
             token, skip, count = (plan[line, x] for x in (TOKEN, SKIP, COUNT))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # earlier copies have left the output's memory
             slot = value_slot(blocks - 1)
             acc = add_values(acc, p, slot)
             plgpu.barrier_arrive(v_free.at[slot])
@@ -634,28 +640,25 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
 
         def normalise(acc, m, l, head):
             """The rows' results, and the log-sum-exp of their scores."""
-            some = m > MASKED / 2  # nothing was seen, as where all is hole: zeros
+            some = m > NOTHING_SEEN / 2  # nothing was seen, as where all is hole: zeros
             seen = some
             if case.has_sinks:
                 sink = refs["sinks"][head] * LOG2E
-                m_all = jnp.maximum(jnp.where(some, m, jnp.full_like(m, MASKED)), sink)
+                m_all = jnp.maximum(m, sink)
                 weight = jnp.exp2(m - m_all)
                 acc, l, m = acc * _down(weight, acc), l * weight + jnp.exp2(sink - m_all), m_all
                 some = l > 0
             factor = jnp.where(seen, 1.0 / l, jnp.zeros_like(l))
-            out = acc * _down(factor, acc)
-            out = jnp.where(_down(seen, out), out, jnp.zeros_like(out)).astype(case.dtype)
+            out = scaled_halves(acc, factor, case.dtype, interpreted=not on_gpu)
             lse = (m + jnp.log2(l)) * (1 / LOG2E)
             return jnp.where(some, lse, jnp.full_like(l, -jnp.inf)), out
 
         def store(out, token, start, count, head):
             """Writes the rows that are the tile's; `token` is that of row 0."""
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # earlier copies have left the output's memory
 
             @pl.when(count == ROWS)
             def _():
-                for d in range(chunks):
-                    o_s[wg, d] = out[:, chunk * d : chunk * (d + 1)]
+                store_slices(out, o_s.at[wg], interpreted=not on_gpu)
                 plgpu.commit_smem()  # all threads' results, before the copy engine reads them
                 for d in range(chunks):
                     target = refs["out"].at[pl.ds(token, ROWS), head, pl.ds(chunk * d, chunk)]
