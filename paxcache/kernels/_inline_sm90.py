@@ -542,9 +542,7 @@ def scaled_halves(x: Any, factors: Any, dtype: Any, *, interpreted: bool) -> Any
         factors = [_first(r) for r in factors.registers.reshape(-1)]
         zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
         used = [arith.cmpf(arith.CmpFPredicate.UNE, factor, zero) for factor in factors]
-        masks = [
-            arith.select(is_used, _i32(-1), _i32(0)) for is_used in used
-        ]  # one operation for two numbers
+        masks = [arith.select(is_used, _i32(-1), _i32(0)) for is_used in used]  # two numbers at once
         registers = np.empty_like(x.registers)
         source, target = (r.reshape(-1, 2) for r in (x.registers, registers))
         for eight, half in np.ndindex(source.shape):

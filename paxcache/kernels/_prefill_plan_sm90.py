@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ROWS = 64  # query rows of a consumer: the rows of one matrix instruction
 CONSUMERS = 2
 MIN_BLOCK = 64  # keys of a tile's last block that are multiplied where no more are seen
-FEW_BLOCKS = 8
+FEW_BLOCKS = 8  # of a tile, up to which half a block counts in the order
 
 # Line 0 of a plan holds the number of tiles, and of the programs that share them. Columns of a tile: row of the batch;
 # first query token that the program loads, and its position; which of the loaded tokens are the tile's: first and
@@ -183,7 +183,7 @@ def prefill_plan(
         jnp.where(has_holes[row], blocks, x) for x in (jnp.zeros_like(blocks), full_begin, full_end)
     )
 
-    # Half a block counts where it is much. Else tiles of a row stay neighbours in the list, which share its keys.
+    # Beyond a few blocks tiles that read the same keys stay neighbours instead, so that they find them in the L2 cache.
     keys = (high + (MIN_BLOCK - 1)) // MIN_BLOCK * MIN_BLOCK - first_block * block
     cost = jnp.where(blocks > FEW_BLOCKS, blocks * block, keys)
     cost = jnp.where(used, cost, jnp.iinfo(i32).min)

@@ -11,6 +11,7 @@ Prompts and chunks of prompts, each causal from its row's own offset, in one lau
 - Programs are persistent, one an SM. `prefill_plan` lists the *tiles* of 64 or 128 tokens once per step on the device,
   the most expensive first; a tile's heads are neighbours in the list, which is dealt back and forth over the programs.
 - Blocks of keys run from the last one down. Only those that some query sees in part are masked; the loops are apart.
+  Where a tile sees no more than half of its last block, half of its scores are computed.
 - Queries start at any token, but the copy engine writes tiled shared memory 8 rows at a time. A 64-column slice of a
   tiled buffer is byte for byte an untiled, swizzled one: queries and whole output tiles go through such an alias.
 - Blocks of quantised pages come in as they are stored. The third warpgroup turns them into halves with their scales,
@@ -81,9 +82,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
 
 NOTHING_SEEN = -1e30  # a row's maximum then; finite, so that a block without a score leaves no NaN behind
-MIN_SCALE = (
-    1e-30  # of scores in powers of two: 0 * -inf is NaN, and scores of the smallest scale are all 0 too
-)
+MIN_SCALE = 1e-30  # as good as 0, which would make NaN of masked scores
 
 MATRIX = plgpu.Layout.WGMMA
 EACH_ROW = plgpu.Layout.WGMMA.reduce(1)
