@@ -158,7 +158,9 @@ def default_config(
     """Several programs an SM where shared memory and registers allow it, with enough but not too much in flight."""
     limits, dtype = device_limits() if limits is None else limits, jnp.dtype(dtype)
     padded_dim, heads = padded_head_dim(head_dim), num_heads // num_kv_heads
-    most = (MAX_ACCUMULATOR if num_parts(dtype) == 1 else MAX_FLOAT_ACCUMULATOR) // padded_dim
+    most = MAX_ACCUMULATOR // padded_dim
+    if num_parts(dtype) > 1:
+        most = MAX_FLOAT_ACCUMULATOR // padded_dim // 8 * 8  # what columns are padded to must fit too
     group = max(n for n in range(1, min(heads, most) + 1) if heads % n == 0)
     block_tokens = max(1, min(max_query_len, most // group))
     columns = -(-group * block_tokens // 8) * 8
