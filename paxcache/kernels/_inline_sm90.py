@@ -38,6 +38,13 @@ def _i32(x: int) -> Any:
     return arith.constant(ir.IntegerType.get_signless(32), x)
 
 
+def _hidden(number: Any) -> Any:
+    """The same i32, unknown to the compilers: what is computed from it is not kept in registers from elsewhere."""
+    return mgpu_utils.inline_ptx(
+        "mov.b32 $0, $1;", number, result_types=ir.IntegerType.get_signless(32), has_side_effects=True
+    )
+
+
 def _thread() -> Any:
     """The calling thread's number in its warpgroup."""
     return arith.remui(mgpu_utils.thread_idx(), _i32(THREADS))
@@ -581,7 +588,7 @@ def store_slices(values: Any, ref: Any, *, interpreted: bool) -> None:
     def store(_, values, ref):
         base, registers = mgpu_utils.memref_ptr(ref), values.registers.reshape(slices, columns // 8, 2)
         warp, lane = _place()
-        lane = mgpu_utils.inline_ptx("mov.b32 $0, $1;", lane, result_types=lane.type, has_side_effects=True)
+        lane = _hidden(lane)
         # Each eight lanes give the addresses of the rows of one 8 x 8 matrix: upper and lower rows by turns.
         row = arith.addi(arith.muli(warp, _i32(16)), arith.remui(lane, _i32(16)))
         byte = arith.muli(arith.divui(lane, _i32(16)), _i32(16))
@@ -756,9 +763,7 @@ def recomputed(x: Any, *, interpreted: bool) -> Any:
         return x
 
     def move(_, x):
-        i32 = ir.IntegerType.get_signless(32)
-        (number,) = x.registers.reshape(-1)
-        moved = mgpu_utils.inline_ptx("mov.b32 $0, $1;", number, result_types=i32, has_side_effects=True)
+        moved = _hidden(x.registers.item())
         return type(x)(_registers=np.full_like(x.registers, moved), _layout=x.layout, _is_signed=x.is_signed)
 
     scalar: Any = plgpu.Layout.WG_SPLAT(())
