@@ -133,11 +133,6 @@ class Case:
         return 64 if self.head_dim % 64 == 0 else 32
 
     @property
-    def output_padding(self) -> int:
-        """Rows that a consumer's output by rows has beyond its own, so that it can begin one row down."""
-        return 0 if self.head_dim * self.dtype.itemsize % BOX_ALIGNMENT == 0 else 2
-
-    @property
     def registers(self) -> tuple[int, int]:
         """Of a consumer's thread and of a producer's, which holds the page of each of its copies, or converts."""
         if self.form is not None:
@@ -149,6 +144,14 @@ class Case:
     def copy_len(self) -> int:
         """Tokens of one copy."""
         return math.gcd(self.page_size, self.config.block_kv)
+
+
+def blocks_of_output(head_dim: int) -> int:
+    """Blocks of `ROWS` that a consumer has room for: one more where its rows may have to stand one row down.
+
+    The copy engine reads shared memory from multiples of 128 bytes, and a row of head dim 96 has 192.
+    """
+    return 1 if 2 * head_dim % BOX_ALIGNMENT == 0 else 2
 
 
 def default_config(*, head_dim: int, dtype: Any, limits: DeviceLimits | None = None) -> Config:
@@ -166,8 +169,9 @@ def default_config(*, head_dim: int, dtype: Any, limits: DeviceLimits | None = N
         raw = 2 * block_kv * (head_dim // form.per_element)
         raw_stages = 2 if room - 2 * raw >= 4 * stage else 1
         room -= raw_stages * raw
-    apart = room - rows >= 4 * stage
-    stages = min(8, (room - rows if apart else room) // stage)
+    output = rows * blocks_of_output(head_dim)
+    apart = room - output >= 4 * stage
+    stages = min(8, (room - output if apart else room) // stage)
     return Config(
         num_programs=limits.num_sms,
         block_kv=block_kv,
@@ -663,7 +667,8 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
 
             @pl.when(count == ROWS)
             def _():
-                store_slices(out, o_s.at[wg], interpreted=not on_gpu)
+                own = o_s.at[wg] if o_s.shape[1] == chunks else o_s.at[wg, pl.ds(0, chunks)]
+                store_slices(out, own, interpreted=not on_gpu)
                 plgpu.commit_smem()  # all threads' results, before the copy engine reads them
                 for d in range(chunks):
                     target = refs["out"].at[pl.ds(token, ROWS), head, pl.ds(chunk * d, chunk)]
@@ -671,8 +676,8 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
 
             @pl.when(count < ROWS)
             def _():
-                # The copy engine reads from multiples of 128 bytes: rows of 192 must begin with an even one.
-                down = lax.rem(start, 2) if case.output_padding else 0
+                # Boxes begin with an even row where one row is no multiple of 128 bytes: see `blocks_of_output`.
+                down = lax.rem(start, 2) if o_rows.shape[1] > ROWS else 0
                 o_rows[wg, pl.ds(down, ROWS)] = out
                 plgpu.commit_smem()
                 at = start
@@ -701,15 +706,20 @@ def scratch_of(case: Case) -> dict[str, Any]:
     by_columns = (CONSUMERS, D // chunk, ROWS, chunk)
     tiled = plgpu.SMEM(by_columns, dtype, transforms=tiles)
     untiled = plgpu.SMEM(by_columns, dtype, transforms=tiles[1:])
-    by_rows = plgpu.SMEM((CONSUMERS, ROWS + case.output_padding, D), dtype)
+    # A consumer's part is of one size in all of its forms: the two write when they like.
+    blocks = blocks_of_output(D)
+    by_rows = plgpu.SMEM((CONSUMERS, blocks * ROWS, D), dtype)
+    by_columns = (CONSUMERS, blocks * D // chunk, ROWS, chunk)
+    out_tiled = plgpu.SMEM(by_columns, dtype, transforms=tiles)
+    out_untiled = plgpu.SMEM(by_columns, dtype, transforms=tiles[1:])
     if case.interpret is not None:
-        shared: dict[str, Any] = {"queries": tiled, "output": (by_rows, tiled)}
+        shared: dict[str, Any] = {"queries": tiled, "output": (by_rows, out_tiled)}
     elif config.output_over_queries:
-        shared = {"queries_and_output": plgpu.RefUnion(tiled, untiled, by_rows, tiled, untiled)}
+        shared = {"queries_and_output": plgpu.RefUnion(tiled, untiled, by_rows, out_tiled, out_untiled)}
     else:
         shared = {
             "queries": plgpu.RefUnion(tiled, untiled),
-            "output": plgpu.RefUnion(by_rows, tiled, untiled),
+            "output": plgpu.RefUnion(by_rows, out_tiled, out_untiled),
         }
     arrivals = copies
     if form is not None:
