@@ -154,9 +154,13 @@ def paged_attention(
         else:
             v, v_scales = load(v_pages, layer, pages, q.dtype)
         v = jnp.where(stored[:, :, None, :, None], v, 0)  # 0 × NaN is NaN
-        p_v = p
+        p_v, largest = p, None
         if v_scales is not None:
-            p_v = p * by_key(jnp.where(stored[:, :, None], v_scales, 0))
+            # Weights take the values' scales, each as a part of the largest: half precision has no room for small ones.
+            v_scales = jnp.where(stored[:, :, None], v_scales, 0)
+            largest = jnp.max(v_scales, axis=(1, 3))  # [N, K or 1]
+            v_scales = v_scales / jnp.where(largest > 0, largest, 1)[:, None, :, None]
+            p_v = p * by_key(v_scales)
         p_v = p_v.astype(v.dtype)
         if (
             Q * G <= S
@@ -166,6 +170,8 @@ def paged_attention(
             ).sum(1)
         else:
             acc = jnp.einsum("nkqgcs,ncksd->nkqgd", p_v, v, preferred_element_type=f32, precision=precision)
+        if largest is not None:
+            acc = acc * largest[:, :, None, None, None]
         return acc, m, p.sum(axis=(-2, -1))
 
     def step(i, carry):
