@@ -503,3 +503,18 @@ def test_documented_examples_run():
     results = doctest.testmod(llama)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+def test_layers_are_lowered_once_for_all():
+    def products(num_layers):
+        config = llama.LlamaConfig(
+            vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=num_layers, num_heads=2, num_kv_heads=1,
+            head_dim=4, max_len=32,
+        )  # fmt: skip
+        model_fn, params = llama.paged_model(llama.Llama(config, rngs=nnx.Rngs(0)))
+        pages = llama.cache_config(config, num_pages=8, max_seqs=2, max_len=32, dtype=jnp.float32)
+        cache, step = paxcache.extend(paxcache.init(pages), jnp.array([2, 1]), num_tokens=4)
+        arguments = params, jnp.zeros(4, jnp.int32), cache, step, jnp.zeros(2, jnp.int32)
+        return jax.jit(model_fn).lower(*arguments).as_text().count("dot_general")
+
+    assert products(5) == products(2)
