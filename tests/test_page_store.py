@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
-import threading
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from paxcache import offload
-
 
 
 def arrays_of_all_dtypes():
