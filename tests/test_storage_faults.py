@@ -128,7 +128,7 @@ def test_places_that_cannot_be_opened(tmp_path):
             open_storage(odd)
     with pytest.raises(ValueError, match=r"expected a driver and a path, got \['file_io_sync'\] too"):
         open_storage({"driver": "file", "path": str(tmp_path / "new"), "file_io_sync": False})
-    for odd in ("/", "//", "/..", "file:///", {"driver": "ocdbt", "base": {"driver": "file", "path": "/.."}}):
+    for odd in ("/", "//", "/..", "file:///"):
         with pytest.raises(ValueError, match="path: expected a directory of its own, got the root"):
             open_storage(odd)
     for odd in ("http://localhost/pages", {"driver": "ocdbt", "base": "https://localhost/"}):
