@@ -324,7 +324,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
             TypeError,
             r"tree.groups: expected tuple\[GroupCache, ...\], got",
         ),
-        (prefix.Pin("4", 1), TypeError, "tree.num_tokens: expected int, got a str"),
+        (prefix.Pin(*["4", 1]), TypeError, "tree.num_tokens: expected int, got a str"),
     ):
         with pytest.raises(error, match=message):
             persist.save(tmp_path, tree)

@@ -160,7 +160,7 @@ def test_readers_do_not_wait_for_each_other():
     store.put([b"a"], [np.arange(3)])
     Meeting.barrier = threading.Barrier(num_readers, timeout=60)
     with concurrent.futures.ThreadPoolExecutor(num_readers) as pool:
-        found = list(pool.map(store.get, [[Meeting(b"a")] for _ in range(num_readers)]))
+        found: list[Any] = list(pool.map(store.get, [[Meeting(b"a")] for _ in range(num_readers)]))
     assert all(x is found[0][0] and x.tolist() == [0, 1, 2] for (x,) in found)
 
 
@@ -223,7 +223,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     store.save(path)
     store.put([b"b"], [np.ones(9)])
     for room in range(0, 200, 20):
-        with no_room_after(room), pytest.raises(OSError, match=r"path: could not write .*No space left") as caught:
+        with (
+            no_room_after(room),
+            pytest.raises(OSError, match=r"path: could not write .*No space left") as caught,
+        ):
             store.save(path)
         assert caught.value.errno == 28
         assert os.listdir(tmp_path) == ["store"]
@@ -252,7 +255,9 @@ def test_a_long_file_is_not_read(tmp_path):
         offload.PageStore.load(path, max_bytes=1)
     save_new(path)
     os.truncate(path, 2**40)
-    with pytest.raises(ValueError, match=r"path: expected a whole page store, got a damaged one: expected .* bytes"):
+    with pytest.raises(
+        ValueError, match=r"path: expected a whole page store, got a damaged one: expected .* bytes"
+    ):
         offload.PageStore.load(path, max_bytes=1)
     path.write_bytes(_store._MAGIC + (2**40 - 99).to_bytes(8, "little"))
     os.truncate(path, 2**40)
@@ -292,21 +297,23 @@ def test_a_crafted_table_is_one_clear_error(table, message, tmp_path):
     text = (table if isinstance(table, str) else json.dumps(table)).encode()
     body = _store._MAGIC + len(text).to_bytes(8, "little") + text + bytes(8)
     (tmp_path / "store").write_bytes(body + hashlib.blake2b(body, digest_size=32).digest())
-    with pytest.raises(ValueError, match=f"path: expected a whole page store, got a damaged one: .*{message}"):
+    with pytest.raises(
+        ValueError, match=f"path: expected a whole page store, got a damaged one: .*{message}"
+    ):
         offload.PageStore.load(tmp_path / "store", max_bytes=100)
 
 
 def test_arguments_of_the_store_are_named():
-    store = offload.PageStore(max_bytes=100)
-    calls: Any = (store.get, store.remove, lambda keys: store.put(keys, [np.ones(1)]))
+    store: Any = offload.PageStore(max_bytes=100)
+    calls = (store.get, store.remove, lambda keys: store.put(keys, [np.ones(1)]))
     cases = (
         (ValueError, "max_bytes must be at least 1", lambda: offload.PageStore(0)),
         (ValueError, "arrays: expected one for each of 1", lambda: store.put([b"a"], [])),
-        (TypeError, "keys: expected bytes", lambda: store.put([b"b", "a"], [np.ones(1)] * 2)),  # pyright: ignore
-        (TypeError, "keys: expected bytes", lambda: store.get(["a"])),  # pyright: ignore
+        (TypeError, "keys: expected bytes", lambda: store.put([b"b", "a"], [np.ones(1)] * 2)),
+        (TypeError, "keys: expected bytes", lambda: store.get(["a"])),
         (TypeError, "arrays: expected numbers", lambda: store.put([b"a"], [np.array([None])])),
-        (TypeError, "max_bytes must be an int", lambda: offload.PageStore(None)),  # pyright: ignore
-        (TypeError, "max_bytes must be an int", lambda: offload.PageStore.load("nothing", "1")),  # pyright: ignore
+        (TypeError, "max_bytes must be an int", lambda: offload.PageStore(None)),
+        (TypeError, "max_bytes must be an int", lambda: offload.PageStore.load("nothing", "1")),
         *((TypeError, "keys: expected a sequence of bytes, got", lambda f=f, k=k: f(k))
           for k in (None, 3, "a", b"a", {b"a": 1}, iter([b"a"])) for f in calls),
         *((TypeError, "keys: expected bytes, got", lambda f=f, k=k: f([k]))

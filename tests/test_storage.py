@@ -322,7 +322,7 @@ def test_any_key_value_store(tmp_path):
     again.put(key_of(4), extent_of(config, 1))
     assert len(again) == 2
     name = f"00/{keys[0].hex()}-1"
-    kvstore = storage._place.kvstore
+    kvstore: Any = storage._place.kvstore  # type: ignore[attr-defined]
     kvstore.write(name, kvstore.read(name).result().value[:-1]).result()
     assert storage.get(keys[:1]).held[0].tolist() == [False]
     assert storage.counters.pages_damaged + storage.counters.pages_missing == 1

@@ -329,7 +329,8 @@ def _check_stored(
 ) -> None:
     """Arrays are there, by name, in these shapes and dtypes, and in that many bytes of files."""
     try:
-        found = {name: (tuple(m.shape), str(m.dtype)) for name, m in dict(_handler().metadata(place)).items()}
+        stored: Any = _handler().metadata(place)
+        found = {name: (tuple(m.shape), str(m.dtype)) for name, m in dict(stored).items()}
     except OSError:
         raise
     except Exception as error:  # Orbax raises what it met
