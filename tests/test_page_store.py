@@ -312,8 +312,8 @@ def test_arguments_of_the_store_are_named():
         (TypeError, "keys: expected bytes", lambda: store.put([b"b", "a"], [np.ones(1)] * 2)),
         (TypeError, "keys: expected bytes", lambda: store.get(["a"])),
         (TypeError, "arrays: expected numbers", lambda: store.put([b"a"], [np.array([None])])),
-        (TypeError, "max_bytes must be an int", lambda: offload.PageStore(None)),
-        (TypeError, "max_bytes must be an int", lambda: offload.PageStore.load("nothing", "1")),
+        (TypeError, "max_bytes must be an int", lambda: offload.PageStore(None)),  # pyright: ignore
+        (TypeError, "max_bytes must be an int", lambda: offload.PageStore.load("nothing", "1")),  # pyright: ignore
         *((TypeError, "keys: expected a sequence of bytes, got", lambda f=f, k=k: f(k))
           for k in (None, 3, "a", b"a", {b"a": 1}, iter([b"a"])) for f in calls),
         *((TypeError, "keys: expected bytes, got", lambda f=f, k=k: f([k]))
