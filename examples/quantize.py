@@ -151,8 +151,8 @@ def main() -> None:
             flush=True,
         )
         if same < len(written):
-            print(f"    {args.prompt}{loaded.decode(written)!r}")
-    print(f"exact text: {args.prompt}{loaded.decode(reference[1])!r}" if reference else "")
+            print(f"    {args.prompt}{loaded.decode(written, prompt=prompt)!r}")
+    print(f"exact text: {args.prompt}{loaded.decode(reference[1], prompt=prompt)!r}" if reference else "")
 
 
 if __name__ == "__main__":
