@@ -33,9 +33,11 @@ if TYPE_CHECKING:
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 # Path in the model, layers without their number -> name in the checkpoint; "{}" stands for the number.
 TENSOR_NAMES = {
-    "embed.embedding": "model.embed_tokens.weight",
+    "embed.embedding": EMBEDDING,
     "layers.input_norm.scale": "model.layers.{}.input_layernorm.weight",
     "layers.q_proj.kernel": "model.layers.{}.self_attn.q_proj.weight",
     "layers.q_proj.bias": "model.layers.{}.self_attn.q_proj.bias",
@@ -52,7 +54,7 @@ TENSOR_NAMES = {
     "layers.up_proj.kernel": "model.layers.{}.mlp.up_proj.weight",
     "layers.down_proj.kernel": "model.layers.{}.mlp.down_proj.weight",
     "norm.scale": "model.norm.weight",
-    "lm_head": "lm_head.weight",
+    "lm_head": HEAD,
 }
 
 
@@ -407,6 +409,13 @@ def load_model(folder: str | Path, config: LlamaConfig, *, dtype: DTypeLike) -> 
         abstract_value = variable.get_value()
         tensor = tensors.read(_tensor_name(path), abstract_value.shape, transposed=path[-1] == "kernel")
         loaded.append((path, variable.replace(jnp.asarray(tensor, abstract_value.dtype))))
+    if (
+        config.tied_embeddings and HEAD in tensors.names
+    ):  # many files hold the embedding again under this name
+        shape = (config.vocab_size, config.hidden_size)
+        head, embedding = (tensors.read(name, shape, transposed=False) for name in (HEAD, EMBEDDING))
+        if not np.array_equal(head, embedding):
+            raise ValueError(f"tensor {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true")
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
 
@@ -435,7 +444,7 @@ def _check_names(expected: set[str], found: set[str], config: LlamaConfig) -> No
     # Derived data that some checkpoints carry: rotary tables, and a head that is the embedding anyway.
     extra = {name for name in found - expected if not name.endswith("rotary_emb.inv_freq")}
     if config.tied_embeddings:
-        extra.discard("lm_head.weight")
+        extra.discard(HEAD)  # compared with the embedding in load_model
     for what, names in (("missing", expected - found), ("unexpected", extra)):
         if names:
             raise ValueError(f"{what} tensors in the checkpoint: {listed(sorted(names))}")

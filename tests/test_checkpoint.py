@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
 from pathlib import Path
@@ -63,6 +62,70 @@ def stored(family: str) -> llama.Llama:
             {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8},
             r"layer_types \(or max_window_layers\) mixes",
         ),
+        # Wrong types, null among them: where absent fields have a default, null is not the same.
+        ({"rms_norm_eps": None}, r"rms_norm_eps must be a number, got None"),
+        ({"rms_norm_eps": 0.0}, r"rms_norm_eps must be above 0"),
+        ({"num_hidden_layers": True}, r"num_hidden_layers must be an integer, got True"),
+        ({"num_attention_heads": 0}, r"num_attention_heads must be at least 1, got 0"),
+        ({"num_key_value_heads": 0}, r"num_key_value_heads must be at least 1, got 0"),
+        ({"tie_word_embeddings": None}, r"tie_word_embeddings must be true or false, got None"),
+        ({"attention_bias": "yes"}, r"attention_bias must be true or false, got 'yes'"),
+        ({"rope_theta": None}, r"rope_theta must be a number, got None"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": None},
+            r"max_window_layers must be an integer, got None",
+        ),
+        # Unknown settings, which might change the numbers.
+        ({"logits_soft_cap": 30.0}, r"unknown settings logits_soft_cap=30\.0"),
+        (
+            {"residual_multiplier": 0.5, "auto_map": {"AutoModel": "x"}},
+            r"residual_multiplier=0\.5, auto_map=",
+        ),
+        ({"is_causal": False}, r"is_causal must be True, got False"),
+        ({"rope_interleaved": True}, r"rope_interleaved must be False, got True"),
+        (
+            {"rope_scaling": {"rope_type": "default", "mrope_section": [1]}},
+            r"rope_scaling\.mrope_section means",
+        ),
+        ({"rope_parameters": {"rope_theta": 1e6, "factor": 4.0}}, r"rope_parameters\.factor means nothing"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.25}},
+            r"rope_parameters\.partial_rotary_factor must be 1",
+        ),
+        ({"rope_scaling": 4.0}, r"rope_scaling must be an object or null, got 4\.0"),
+        # Settings that contradict each other.
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            r"rope_parameters\.rope_type is 'default', but rope_scaling\.type is 'linear'",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4},
+            r"rope_parameters\.rope_theta is 500000\.0, but rope_theta is 10000\.0",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "llama3", "factor": 2}},
+            r"'linear', but .*'llama3'",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1e6},
+                    "sliding_attention": {"rope_theta": 1e4},
+                }
+            },
+            r"rope_parameters differs by kind of layer \(full_attention, sliding_attention\)",
+        ),
+        ({"sliding_window": 8}, r"sliding_window must be null for llama, got 8"),
+        (
+            {"model_type": "mistral", "sliding_window": 8, "use_sliding_window": False},
+            r"sliding_window is 8, but use_sliding_window is False",
+        ),
+        ({"model_type": "mistral", "attention_bias": True}, r"attention_bias must be False for mistral"),
+        (
+            {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2, "sliding_window": 8},
+            r"layer_types must be 'full_attention' for each of 2 layers",
+        ),
+        ({"layer_types": ["full_attention"]}, r"for each of 2 layers, got \['full_attention'\]"),
     ],
 )
 def test_unsupported_configurations_name_the_field(changes, message):
@@ -90,6 +153,41 @@ def test_old_and_new_spellings_of_rope_mean_the_same():
     assert old.rope_scaling == llama.RopeScaling(kind="llama3", factor=32.0, original_max_len=8192)
 
 
+def test_rope_fields_may_say_the_same_twice():
+    """As files do that readers of either age understand."""
+    scaling = {"type": "linear", "factor": 4.0}
+    old = {**BASE, "rope_theta": 500000.0, "rope_scaling": scaling}
+    both = {**old, "rope_parameters": {"rope_theta": 500000.0, "rope_type": "linear", "factor": 4.0}}
+    assert checkpoint.parse_config(both) == checkpoint.parse_config(old)
+    assert checkpoint.parse_config(both).rope_scaling == llama.RopeScaling(kind="linear", factor=4.0)
+
+
+def test_rope_parameters_do_not_hide_rope_scaling():
+    hf = {
+        **BASE,
+        "rope_parameters": {"rope_theta": 500000.0},
+        "rope_scaling": {"type": "linear", "factor": 4},
+    }
+    config = checkpoint.parse_config(hf)
+    assert (config.rope_theta, config.rope_scaling) == (
+        500000.0,
+        llama.RopeScaling(kind="linear", factor=4.0),
+    )
+
+
+def test_settings_without_effect_are_let_through():
+    plain = checkpoint.parse_config(BASE)
+    names = dict.fromkeys(checkpoint.WITHOUT_EFFECT.split(), "whatever")
+    assert checkpoint.parse_config({**BASE, **names, "some_other_field": None}) == plain
+    unused = {
+        "model_type": "qwen3",
+        "use_sliding_window": False,
+        "max_window_layers": None,
+        "sliding_window": 9,
+    }
+    assert checkpoint.parse_config({**BASE, **unused}).sliding_window is None
+
+
 def test_defaults_are_those_of_transformers():
     config = checkpoint.parse_config(BASE)
     assert (config.num_kv_heads, config.head_dim, config.norm_eps) == (4, 4, 1e-6)
@@ -105,6 +203,12 @@ def test_defaults_are_those_of_transformers():
     windowed = {**BASE, "model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}
     assert checkpoint.parse_config({**windowed, "max_window_layers": 0}).sliding_window == 8
     assert checkpoint.parse_config({**windowed, "max_window_layers": 2}).sliding_window is None
+    assert (
+        checkpoint.parse_config({**windowed, "max_window_layers": 0, "sliding_window": None}).sliding_window
+        is None
+    )
+    del windowed["sliding_window"]
+    assert checkpoint.parse_config({**windowed, "max_window_layers": 0}).sliding_window == 4096
 
 
 # --------------------------------------------------------------------------------------------------
@@ -141,6 +245,7 @@ GATE = "model.layers.0.mlp.gate_proj.weight"
         (lambda t: t.update({"model.extra.weight": t[K_BIAS]}), r"unexpected tensors.*model\.extra\.weight"),
         (lambda t: t.update({GATE: t[GATE].T.copy()}), rf"{re.escape(GATE)} must have shape \(48, 32\)"),
         (lambda t: t.update({GATE: t[GATE].astype(np.int8)}), rf"{re.escape(GATE)}.*floating-point.*int8"),
+        (lambda t: t.update({checkpoint.HEAD: t[checkpoint.EMBEDDING] * 2}), r"lm_head\.weight differs from"),
     ],
 )
 def test_wrong_tensors_are_named(edit, message, tmp_path):
@@ -170,73 +275,69 @@ def test_missing_files_are_named(tmp_path):
         checkpoint.load(tmp_path / "shards")
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1000\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"an empty folder; needed are config\.json, model\.safetensors .* tokenizer\.json"),
+        ({"params.json": b"{}"}, r"no config\.json, only params\.json; needed are"),
+        ({"config.json": b"{}"}, r"neither model\.safetensors nor .*, only config\.json"),
+        (
+            {"config.json": b"{}", "pytorch_model.bin": b"0"},
+            r"the weights are in pytorch_model\.bin, .*safetensors",
+        ),
+        ({"config.json": b"{}", "model-q4.gguf": b"0"}, r"the weights are in model-q4\.gguf, .*safetensors"),
+        (
+            {
+                "adapter_config.json": b'{"base_model_name_or_path": "some/base"}',
+                "adapter_model.safetensors": b"0",
+            },
+            r"adapter \(LoRA\) of some/base; merge",
+        ),
+        ({"config.json": LFS, "model.safetensors": LFS}, r"config\.json: a git-lfs pointer .*git lfs pull"),
+        ({"config.json": b"{", "model.safetensors": b"0"}, r"config\.json: not valid JSON"),
+        ({"config.json": b"[]", "model.safetensors": b"0"}, r"config\.json: must hold an object, got list"),
+        ({"config.json": b"", "model.safetensors": b"0"}, r"config\.json: an empty file"),
+        ({"model.safetensors": LFS, "config.json": b"*"}, r"model\.safetensors: a git-lfs pointer"),
+        (
+            {"model.safetensors": b"not tensors", "config.json": b"*"},
+            r"model\.safetensors: not a safetensors file",
+        ),
+        ({"model.safetensors.index.json": b"{}", "config.json": b"*"}, r"index\.json: has no weight_map"),
+        (
+            {"tokenizer.json": LFS, "config.json": b"*", "model.safetensors": b"0"},
+            r"tokenizer\.json: a git-lfs",
+        ),
+        (
+            {"tokenizer.json": b"{}", "config.json": b"*", "model.safetensors": b"0"},
+            r"tokenizer\.json: not a tok",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_one_line_says_what_a_folder_lacks(files, message, tmp_path):
+    for name, contents in files.items():
+        good = (DATA / "qwen3" / "config.json").read_bytes()
+        (tmp_path / name).write_bytes(good if contents == b"*" else contents)
+    with pytest.raises((OSError, ValueError), match=message) as caught:
+        checkpoint.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_folder_is_told_from_a_name_on_the_hub(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such folder; .* hf download some/model --local-dir DIR"):
+        checkpoint.load("some/model")
+    with pytest.raises(FileNotFoundError, match=r"missing: no such folder$"):
+        checkpoint.load(tmp_path / "missing")
+    with pytest.raises(NotADirectoryError, match=r"model\.safetensors: a file; needed is the folder"):
+        checkpoint.load(TINY / "model.safetensors")
+
+
 def test_models_that_no_checkpoint_describes_are_not_saved(tmp_path):
     config = checkpoint.parse_config({**BASE, "model_type": "qwen3", "head_dim": 4})
     odd = dataclasses.replace(config, qkv_bias=True)
     model = nnx.eval_shape(lambda: llama.Llama(odd, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="no model_type"):
         checkpoint.save_model(tmp_path, model, dtype=jnp.float32)
-
-
-# --------------------------------------------------------------------------------------------------
-# Text
-# --------------------------------------------------------------------------------------------------
-
-TEMPLATE = """{{ bos_token }}
-{%- for message in messages %}
-    {%- if message.role not in ['user', 'assistant'] %}{{ raise_exception('unknown role') }}{% endif %}
-<{{ message.role }}>{{ message.content | trim }}</>
-{%- endfor %}
-{%- if add_generation_prompt %}<assistant>{% endif %}"""
-MESSAGES = [{"role": "user", "content": " What is <b>? "}]
-RENDERED = "<s><user>What is <b>?</><assistant>"
-
-
-def text_folder(folder: Path, **files) -> Path:
-    """A checkpoint folder with a tokenizer and more files: strings as they are, the rest as JSON."""
-    shutil.copytree(TINY, folder)
-    (folder / "tokenizer_config.json").unlink()
-    for name, content in files.items():
-        file = folder / name.replace("__", ".")
-        file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return folder
-
-
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"chat_template__jinja": TEMPLATE, "tokenizer_config__json": {"bos_token": "<s>"}},
-        {"tokenizer_config__json": {"bos_token": {"content": "<s>"}, "chat_template": TEMPLATE}},
-        {
-            "tokenizer_config__json": {
-                "bos_token": "<s>",
-                "chat_template": [
-                    {"name": "tools", "template": "no"},
-                    {"name": "default", "template": TEMPLATE},
-                ],
-            }
-        },
-    ],
-    ids=["own file", "string", "named"],
-)
-def test_chat_templates(files, tmp_path):
-    loaded = checkpoint.load(text_folder(tmp_path / "chat", **files))
-    assert loaded.decode(loaded.encode_chat(MESSAGES)) == RENDERED
-    assert loaded.chat_template is not None
-    with pytest.raises(ValueError, match="unknown role"):
-        loaded.encode_chat([{"role": "oracle", "content": ""}])
-
-
-def test_text_without_tokenizer_or_template_is_refused():
-    with pytest.raises(ValueError, match="chat template"):
-        checkpoint.load(TINY).encode_chat(MESSAGES)
-    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
-        checkpoint.load(DATA / "qwen2").encode("text")
-
-
-def test_stop_tokens_come_from_generation_config_first(tmp_path):
-    assert checkpoint.load(DATA / "qwen2").stop_tokens == (2,)
-    folder = text_folder(tmp_path / "a", generation_config__json={"eos_token_id": [5, 7]})
-    assert checkpoint.load(folder).stop_tokens == (5, 7)
-    (folder / "generation_config.json").unlink()
-    assert checkpoint.load(folder).stop_tokens == ()

@@ -119,7 +119,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, nargs="+", default=[128, 512, 1024, 2048])
     parser.add_argument("--model", type=Path, default=EXAMPLES / "tiny")
     args = parser.parse_args()
-    model = checkpoint.load(args.model, dtype=jnp.float32).model
+    try:
+        model = checkpoint.load(args.model, dtype=jnp.float32).model
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}; ms a step, medians of {PAIRS} pairs")
     print("batch  length   kind     paged    dense   paged / dense")
     for batch in args.batch:
