@@ -259,58 +259,59 @@ def _take(left: dict[str, Any], name: str, kind: Any, default: Any = REQUIRED, *
 def _take_rope(left: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     # transformers 5 writes one field, rope_parameters; before that there were rope_theta and rope_scaling. Some files
     # have both, for readers of either age; they must say the same.
-    stated: dict[str, tuple[str, Any]] = {}
-
-    def state(name: str, source: str, value: Any) -> None:
-        name = "rope_type" if name == "type" else name
-        first, known = stated.setdefault(name, (source, value))
-        if known != value:
-            raise ValueError(f"config.json: {first} is {known!r}, but {source} is {value!r}")
-
+    common = {name: left.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in left}
+    stated: dict[str, dict[str, Any]] = {}
     for field in ("rope_parameters", "rope_scaling"):
-        settings = left.pop(field, None) or {}
-        if not isinstance(settings, dict):
+        settings = left.pop(field, None)
+        if not isinstance(settings, dict | None):
             raise ValueError(f"config.json: {field} must be an object or null, got {settings!r}")
-        if layered := [name for name, value in settings.items() if isinstance(value, dict)]:
-            raise ValueError(
-                f"config.json: {field} differs by kind of layer ({', '.join(layered)}), which is not supported"
-            )
-        for name, value in settings.items():
-            if value is not None or name == "rope_theta":
-                state(name, f"{field}.{name}", value)
-    for name in ("rope_theta", "partial_rotary_factor"):
-        if name in left:
-            state(name, name, left.pop(name))
+        if settings:
+            stated[field] = {"rope_type": "default", "rope_theta": 10000.0, **common}
+            stated[field] |= _rope_settings(field, settings, common)
+    old, new = stated.get("rope_scaling"), stated.get("rope_parameters")
+    if old and new and old != new:
+        names = sorted(name for name in old | new if old.get(name) != new.get(name))
+        raise ValueError(f"config.json: rope_parameters and rope_scaling differ in {', '.join(names)}")
+    field = "rope_parameters" if new else "rope_scaling"
+    settings = new or old or {"rope_theta": 10000.0, **common}
 
-    source, kind = stated.pop("rope_type", ("rope_parameters.rope_type", "default"))
-    field = source.split(".")[0]
+    kind = settings.pop("rope_type", "default")
     if kind not in ROPE_SETTINGS:
         kinds = "default, linear or llama3"
         raise ValueError(f"config.json: {field}.rope_type must be {kinds}, got {kind!r}")
-    source, partial = stated.pop("partial_rotary_factor", ("", 1.0))
-    if partial != 1:
-        raise ValueError(f"config.json: {source} must be 1.0, got {partial!r}")
-    source, theta = stated.pop("rope_theta", ("rope_theta", 10000.0))
-    theta = _take({source: theta}, source, float)
+    if (partial := settings.pop("partial_rotary_factor", 1.0)) != 1:
+        raise ValueError(f"config.json: partial_rotary_factor must be 1.0, got {partial!r}")
+    theta = _take(settings, "rope_theta", float)
     wanted = ROPE_SETTINGS[kind]
-    if missing := [name for name in wanted if name not in stated]:
+    if missing := [name for name in wanted if name not in settings]:
         raise ValueError(f"config.json: {field} of type {kind!r} lacks {', '.join(missing)}")
-    if unknown := [source for name, (source, _) in stated.items() if name not in wanted]:
-        raise ValueError(
-            f"config.json: {listed(unknown)} means nothing for rotary positions of type {kind!r}"
-        )
+    if unknown := [name for name in settings if name not in wanted]:
+        raise ValueError(f"config.json: {field} of type {kind!r} has no setting {', '.join(unknown)}")
     if kind == "default":
         return theta, None
-    types = {"original_max_position_embeddings": int}
-    values = {
-        name: _take({source: value}, source, types.get(name, float))
-        for name, (source, value) in stated.items()
-    }
+    original_max_len = "original_max_position_embeddings"
+    values = {name: _take(settings, name, int if name == original_max_len else float) for name in wanted}
     if kind == "llama3":
-        values["original_max_len"] = values.pop("original_max_position_embeddings")
+        values["original_max_len"] = values.pop(original_max_len)
         if values["low_freq_factor"] >= values["high_freq_factor"]:
             raise ValueError(f"config.json: {field}.low_freq_factor must be below high_freq_factor")
     return theta, RopeScaling(kind=kind, **values)
+
+
+def _rope_settings(field: str, settings: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
+    """The settings of one field, which contradict neither each other nor those that stand outside it."""
+    if layered := [name for name, value in settings.items() if isinstance(value, dict)]:
+        raise ValueError(
+            f"config.json: {field} differs by kind of layer ({', '.join(layered)}), which is not supported"
+        )
+    found = {name: value for name, value in settings.items() if value is not None or name == "rope_theta"}
+    kind = found.pop("type", None)  # the older name
+    if kind is not None and found.setdefault("rope_type", kind) != kind:
+        raise ValueError(f"config.json: {field}.type is {kind!r}, but rope_type is {found['rope_type']!r}")
+    for name, value in common.items():
+        if found.get(name, value) != value:
+            raise ValueError(f"config.json: {field}.{name} is {found[name]!r}, but {name} is {value!r}")
+    return found
 
 
 def _take_sliding_window(left: dict[str, Any], model_type: str, num_layers: int) -> int | None:
