@@ -56,22 +56,19 @@ def reply(server: Server, tokens: Sequence[int], max_new_tokens: int) -> tuple[S
     return Server(forward, params, cache, index), answer, num_reused
 
 
-def main(
-    turns: Sequence[str] = ("What is a module?", "And a package?", "Thank you."), max_new_tokens: int = 24
-) -> None:
+def main(turns: Sequence[str] = ("What is a module?", "And a package?", "Thanks."), length: int = 24) -> None:
     tiny = checkpoint.load(
         Path(__file__).parent / "tiny", dtype=jnp.float32
     )  # writes prose, and knows no chat
     model_fn, params = llama.paged_model(tiny.model)
-    config = llama.cache_config(
-        tiny.config, num_pages=64, max_seqs=1, max_len=512, page_size=8, dtype=jnp.float32
-    )
+    config = llama.cache_config(tiny.config, num_pages=64, max_seqs=1, max_len=512, page_size=8)
     server = Server(jax.jit(model_fn), params, paxcache.init(config), prefix.init(config))
     conversation = tiny.encode("Questions about Python, and their answers.")
     for turn in turns:
-        question = f"\n\nQuestion: {turn}\nAnswer:"
-        conversation += tiny.encode(question)[1:]  # without the mark that begins a text
-        server, answer, num_reused = reply(server, conversation, max_new_tokens)
+        conversation += tiny.encode(f"\n\nQuestion: {turn}\nAnswer:")[
+            1:
+        ]  # without the mark that begins a text
+        server, answer, num_reused = reply(server, conversation, length)
         print(f"> {turn} ({num_reused} of {len(conversation)} tokens reused)")
         print(tiny.decode(answer, prompt=conversation))
         conversation += answer

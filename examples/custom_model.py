@@ -18,10 +18,8 @@ import paxcache.linen
 import paxcache.nnx
 
 V, E, H, D = 50, 32, 4, 8  # vocabulary, features, heads, head dim
-CONFIG = paxcache.CacheConfig(
-    num_layers=1, num_kv_heads=H, head_dim=D, page_size=8, num_pages=16, max_seqs=2, max_pages_per_seq=4,
-    dtype=jnp.float32,
-)  # fmt: skip
+SIZES = {"page_size": 8, "num_pages": 16, "max_seqs": 2, "max_pages_per_seq": 4}
+CONFIG = paxcache.CacheConfig(num_layers=1, num_kv_heads=H, head_dim=D, dtype=jnp.float32, **SIZES)
 
 
 def in_nnx():
@@ -69,15 +67,13 @@ def main(num_tokens: int = 8) -> list[list[list[int]]]:
     nnx_fn, state = in_nnx()
     layers = nnx.to_pure_dict(state)["layers"]
     weights = [layers[i] for i in range(3)]
-    written = []
-    for name, (model_fn, params) in {
-        "NNX": (nnx_fn, state), "Linen": in_linen(weights), "JAX": in_jax(weights),
-    }.items():  # fmt: skip
+    texts = []
+    for model_fn, params in ((nnx_fn, state), in_linen(weights), in_jax(weights)):
         cache = paxcache.init(CONFIG)
         out = paxcache.generate(model_fn, params, cache, [[1, 2, 3], [4]], max_new_tokens=num_tokens)
-        written.append(out.to_lists())
-        print(f"{name:6} {written[-1]}")
-    return written
+        texts.append(out.to_lists())
+        print(texts[-1])
+    return texts
 
 
 if __name__ == "__main__":
