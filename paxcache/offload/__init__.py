@@ -38,6 +38,7 @@ the way over the host. Nothing raises because of what values are: a refused call
 from paxcache.offload._layers import Arrival as Arrival
 from paxcache.offload._layers import begin_resume as begin_resume
 from paxcache.offload._layers import begin_swap_in as begin_swap_in
+from paxcache.offload._layers import cancel as cancel
 from paxcache.offload._layers import fetch as fetch
 from paxcache.offload._layers import land as land
 from paxcache.offload._layers import wait as wait
