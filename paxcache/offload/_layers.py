@@ -4,11 +4,10 @@ An extent by layers has, for each group, a tuple of blocks ``[N, ...]``, one of 
 own. What orders things is what a program reads: `land` puts a layer's block into the pools, and the attention that
 reads these cannot start before. No wait is needed for a right result, so none can be forgotten or passed by.
 
-Until a page has landed, others may change whose it is: rows are extended, and a shared page is copied before there is
-anything in it; rows are forked, released, and their pages taken by other rows. So `land` does not write where the pages
-were to go at first. It asks the cache, in each layer, which rows wait for them now (they carry a mark, see `take_rows`),
-and writes into the pages that those map. Pages that no row waits for (`begin_swap_in`) are kept from being freed by a
-reference of the arrival's own.
+Before a page lands it may change hands: `extend` copies a shared page that is still empty, rows are forked or released,
+other rows take their pages. So `land` does not write where pages were to go at first. In each layer it asks the cache
+which rows wait for them now (they carry a mark, see `take_rows`) and writes into the pages that those map. Where no row
+waits (`begin_swap_in`), the arrival holds a reference of its own, so that the pages stay its own.
 
 That transfers run beside the layers before has to be said too. XLA schedules what depends on arguments alone first, two
 transfers at a time, and waits for all but the last: hence `land` ties a transfer to the input of the layer before its
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from paxcache import _cache, _checks
@@ -104,9 +104,9 @@ def begin_resume(
 ) -> tuple[PagedKVCache, Host, Arrival, Bool[Array, ""]]:
     """Maps the pages of a `resume` and copies nothing yet: each layer's part comes with its `land`.
 
-    Meanwhile the rows are rows like others: they may be extended, forked, reordered, truncated and released, and the pools
-    packed and resized. What waits for the pages then gets them, and nothing else is written: a row that was released
-    gets nothing. Only that they cannot be preempted again, and offer nothing to a prefix index, until all has landed.
+    Meanwhile the rows may be extended, forked, reordered, truncated and released, and the pools packed or resized.
+    What waits for the pages gets them, and nothing else is written: a released row gets nothing. Until all has
+    landed the rows cannot be preempted again and offer nothing to a prefix index.
 
     Args:
       cache, host, rows: as in `resume`.
@@ -307,7 +307,7 @@ def cancel(cache: PagedKVCache, arrival: Arrival) -> PagedKVCache:
     return _cache.release(cache, waits)
 
 
-def _check_block(pool: Pages, block: Pages, group: int) -> None:
+def _check_block(pool: Pages, block: Pages | None, group: int) -> None:
     """A block [N, ...] of the pool's layers."""
     if jax.tree.structure(pool) != jax.tree.structure(block):
         raise ValueError(
@@ -352,10 +352,11 @@ def fetch(arrival: Arrival) -> Arrival:
       The arrival with its blocks on the device, or on their way there: `land` and `wait` take it.
 
     Raises:
-      TypeError: called inside jit, where `land` starts each transfer.
+      TypeError: called inside jit, where `land` starts each transfer, or with another type.
 
     Example: see `wait`.
     """
+    _checks.instance("arrival", arrival, Arrival, source="begin_swap_in or begin_resume")
     if _checks.is_traced(arrival):
         raise TypeError("arrival: fetch starts transfers from the host; inside jit call land alone")
     return dataclasses.replace(arrival, blocks=_pages.put(arrival.blocks, "device"))
@@ -370,8 +371,8 @@ def wait(layer: Layer, arrival: Arrival, *, timeout: float) -> None:
       timeout: seconds.
 
     Raises:
-      TimeoutError: the pages are not there; names the layer.
-      ValueError: the arrival was not fetched.
+      TimeoutError: the pages are not there; names the layer. `cancel` gives up on them.
+      ValueError, TypeError: the arrival was not fetched, or an argument's type or range is wrong.
 
     Example:
       >>> import jax.numpy as jnp, paxcache
@@ -387,9 +388,15 @@ def wait(layer: Layer, arrival: Arrival, *, timeout: float) -> None:
       ...     cache, arrival = offload.land(cache, layer, arrival)    # in a jitted call that computes this layer
     """
     group, index = _find_layer(layer, arrival)
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float, np.number)):
+        raise TypeError(f"timeout: expected seconds, got {_checks.describe(timeout)}")
+    if not timeout >= 0:
+        raise ValueError(f"timeout: expected at least 0 seconds, got {timeout}")
+    if _checks.is_traced(arrival):
+        raise TypeError("arrival: wait looks at transfers from the host; inside jit call land alone")
     deadline = time.monotonic() + timeout
     for leaf in jax.tree.leaves(arrival.blocks[group][index]):
-        if leaf.sharding.memory_kind != leaf.sharding.with_memory_kind("device").memory_kind:
+        if not _is_on_device(leaf):
             raise ValueError("arrival: expected one from fetch, got one whose pages are on the host")
         pause = 1e-5
         while not leaf.is_ready():
@@ -397,3 +404,50 @@ def wait(layer: Layer, arrival: Arrival, *, timeout: float) -> None:
                 raise TimeoutError(f"layer {layer}: its pages did not arrive within {timeout} s")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def time_layers(arrival: Arrival) -> tuple[tuple[float | None, ...], ...]:
+    """Measures what each layer's transfer to the device takes, one after the other with nothing beside it.
+
+    For tuning and logs: it transfers everything once more, a layer at a time, and drops it. In a program that computes
+    meanwhile a transfer may take longer, and as long as it is done before its layer it costs nothing.
+
+    Args:
+      arrival: the pages, on the host: from `begin_resume` or `begin_swap_in`. It stays as it is.
+
+    Returns:
+      By group and layer, seconds; None for a layer that has landed or does not come. The first holds what a first
+      transfer costs the process: measure twice.
+
+    Raises:
+      ValueError, TypeError: the arrival was fetched, is traced or of another type.
+
+    Example:
+      >>> import jax.numpy as jnp, paxcache
+      >>> from paxcache import offload
+      >>> config = paxcache.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=8, num_pages=4, max_seqs=2,
+      ...                               max_pages_per_seq=8)
+      >>> cache, _ = paxcache.extend(paxcache.init(config), jnp.array([20, 0]), num_tokens=20)
+      >>> extent = offload.swap_out(cache, jnp.array([1, 0]), by_layer=True)
+      >>> arrival = offload.begin_swap_in(cache, extent)[1]
+      >>> [len(seconds) for seconds in offload.time_layers(arrival)]
+      [2]
+    """
+    _checks.instance("arrival", arrival, Arrival, source="begin_swap_in or begin_resume")
+    if _checks.is_traced(arrival):
+        raise TypeError("arrival: time_layers measures transfers from the host and cannot run inside jit")
+    jax.block_until_ready(arrival)
+    seconds = []
+    for layers in arrival.blocks:
+        seconds.append([])
+        for part in layers:
+            if any(_is_on_device(leaf) for leaf in jax.tree.leaves(part)):
+                raise ValueError("arrival: expected pages on the host, got some that fetch or land sent for")
+            start = time.perf_counter()
+            jax.block_until_ready(_pages.put(part, "device"))
+            seconds[-1].append(None if part is None else time.perf_counter() - start)
+    return tuple(map(tuple, seconds))
+
+
+def _is_on_device(leaf: Array) -> bool:
+    return leaf.sharding.memory_kind == leaf.sharding.with_memory_kind("device").memory_kind

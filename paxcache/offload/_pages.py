@@ -43,8 +43,8 @@ class Extent:
     """Copies of pages, by group. A value: nothing ever writes to it."""
 
     blocks: tuple[Any, ...]
-    """Per group, the pages' leaves as [N, L, ...], in host memory; or, by layer, a tuple over L of leaves [N, ...], None
-    for a layer that was not chosen."""
+    """Per group, the pages' leaves as [N, L, ...], in host memory; or, by layer, a tuple over L of leaves [N, ...],
+    None for a layer that was not chosen."""
     held: tuple[Bool[Array, "N"], ...]
     """Per group, which entries hold a page; the others are padding."""
 
@@ -107,9 +107,9 @@ def allocating(memory_kind: str, num_bytes: int) -> Iterator[None]:
         if memory_kind != "pinned_host" or "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise MemoryError(
-            f"{num_bytes} bytes of pinned host memory are not to be had. JAX's GPU client has a pool of at most 64 GB of "
-            "it; XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB, a number of GB in the environment, sets another bound and is read "
-            "when JAX first uses the GPU. Drop extents, tickets or tiers that are not needed, or raise the bound. "
+            f"no room for {num_bytes} bytes of pinned host memory. JAX's GPU client takes at most 64 GB of it, or as "
+            "many GB as XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says in the environment when JAX first uses the GPU. Raise "
+            "that bound if the machine has more, or drop extents, tickets and tiers that are not needed. "
             f"XLA says: {error}"
         ) from error
 
@@ -255,7 +255,9 @@ def check_extent(name: str, cache: PagedKVCache, extent: Extent) -> None:
         if not isinstance(part, tuple):
             raise TypeError(f"{name}: expected pages by group, got {_checks.describe(part)}")
         if len(part) != len(cache.groups):
-            raise ValueError(f"{name}: expected pages of {len(cache.groups)} groups, got those of {len(part)}")
+            raise ValueError(
+                f"{name}: expected pages of {len(cache.groups)} groups, got those of {len(part)}"
+            )
     for g, (group, blocks) in enumerate(zip(cache.groups, extent.blocks, strict=True)):
         N = _checks.bool_array(f"{name}'s held", extent.held[g], "N").shape[0]
         like: Any = group.pages
@@ -402,25 +404,25 @@ def swap_in(
     """
     check_extent("extent", cache, extent)
     if page_ids is None:
-        new, targets, page_ids, ok = _integers_only(_swap_in, cache, extent.held, 1)
+        new, targets, found, ok = _integers_only(_swap_in, cache, extent.held, 1)
     else:
         given = _check_page_ids(cache, page_ids)
         for ids, held in zip(given, extent.held, strict=True):
             _checks.int_array("page_ids", ids, "N", N=held.shape[0])
         new = cache
-        page_ids, ok = _find_given(tuple(g.ref_counts for g in cache.groups), extent.held, given)
-        targets = page_ids
+        found, ok = _find_given(tuple(g.ref_counts for g in cache.groups), extent.held, given)
+        targets = found
     pages = copy_in(pages_of(new), targets, extent.blocks, implementation)
-    return with_pages(new, pages), page_ids, ok
+    return with_pages(new, pages), found, ok
 
 
 @jax.jit
 def _find_given(ref_counts, held, page_ids):
     """The pages of held entries, NO_PAGE for the others and everywhere unless each has a reference and one entry."""
     ok, found = jnp.bool_(True), []
-    for counts, wanted, ids in zip(ref_counts, held, page_ids, strict=True):
+    for counts, wanted, given in zip(ref_counts, held, page_ids, strict=True):
         P = counts.shape[0]
-        ids = jnp.where(wanted, ids, NO_PAGE)
+        ids = jnp.where(wanted, given, NO_PAGE)
         fine = _allocator.named_once(ids, P) & (counts[jnp.clip(ids, 0, P - 1)] > 0)
         ok &= (fine | ~wanted).all()
         found.append(ids)

@@ -1,10 +1,10 @@
-"""A prefix index with a host tier below it: write-back, write-through, prefetch. Imports `_tier`, `_pages`, `prefix`.
+"""A prefix index with a host tier below it: write-back, write-through, prefetch.
 
 A tier does not know the index and the index does not know it: a page may lie on the device, on the host, or on both,
 calls of `prefix` stay as they are, and whatever becomes of an index, no host memory is lost. There is no page in
 flight: a copy out is read from a version of the pools that nobody changes, a page that comes in is stored in the index
-together with the pools that it was written to, and a block on the host is written once. What must wait for what follows
-from the data.
+together with the pools that it was written to, and a block on the host is written once. Data dependencies order the
+transfers; there are no flags.
 """
 
 from __future__ import annotations
@@ -307,8 +307,8 @@ def match(
 ) -> int:
     """Tokens of a prompt that `prefix.admit` can reuse once `prefetch` has brought in what is on the host.
 
-    Reads index and tier alone. What the device has of it now tells `prefix.match`. On the host full pages count, by
-    their stable keys.
+    Reads index and tier alone. `prefix.match` tells how much of it is on the device now. On the host full pages count,
+    by their stable keys.
 
     Args:
       index: the index.

@@ -75,8 +75,8 @@ class Waiting(NamedTuple):
 def init(config: CacheConfig, num_pages: int | tuple[int, ...], *, memory_kind: str = "pinned_host") -> Host:
     """An account of host memory, for `preempt`. Reserves nothing: each ticket brings its own memory.
 
-    Every account has an identity, drawn when `init` runs, and takes its own tickets alone. Call it outside jit: a traced
-    call draws once for all runs of its program.
+    An account has an identity, drawn by this call, and takes its own tickets alone. Call it outside jit: a traced call
+    draws once for all runs of its program.
 
     Memory that is needed for the first time costs more than the transfer, see `swap_out`.
 
@@ -136,7 +136,9 @@ def _check_ticket(host: Host, ticket: Ticket) -> None:
             f"ticket: expected one of {host.capacity.shape[0]} groups like host, got one of {len(ticket.extent.held)}"
         )
     if not _checks.is_traced(host.identity, ticket.identity) and (host.identity != ticket.identity).any():
-        raise ValueError("ticket: made by another account than host; each belongs to the one that preempt was given")
+        raise ValueError(
+            "ticket: made by another account than host; each belongs to the one that preempt was given"
+        )
 
 
 def preempt(
@@ -324,9 +326,9 @@ def take_rows(
 ) -> tuple[PagedKVCache, Host, tuple[Int32[Array, "N"], ...], Waiting, Bool[Array, ""]]:
     """A `resume` without the copy: also says where the ticket's pages go.
 
-    Rows that are `arriving` get a mark in place of their epoch, below 0 and given out once. `fork` and `reorder` hand it
-    on, `release` takes it away, and a prefix index takes it for another epoch: so whatever happens meanwhile, the rows
-    that carry it are those that wait for these pages, and nobody shares a page of theirs that has not landed.
+    Rows that are `arriving` get a mark in place of their epoch, below 0 and given once. `fork` and `reorder` hand it
+    on, `release` takes it away, and a prefix index takes it for another epoch. So whatever happens meanwhile, the rows
+    that carry it are those that wait for these pages, and nobody else shares a page of theirs that has not landed.
     """
     _check_host(cache, host)
     _checks.instance("ticket", ticket, Ticket, source="preempt")
