@@ -353,7 +353,8 @@ def swap_out(
     _checks.instance("cache", cache, PagedKVCache)
     ids = _check_page_ids(cache, page_ids)
     ref_counts = tuple(g.ref_counts for g in cache.groups)
-    chosen = flag("by_layer", by_layer) if layers is None else _chosen(cache, layers)
+    by_layer = flag("by_layer", by_layer)
+    chosen = by_layer if layers is None else _chosen(cache, layers)
     return Extent(*_copy_out(pages_of(cache), ids, ref_counts, memory_kind, implementation, chosen))
 
 

@@ -270,7 +270,8 @@ def _preempt(cache, host, rows, bounds):
     )
     ticket = Ticket(ok, lens, epochs, tuple(tables), Extent((), tuple(held)), entry, serial, host.identity)
     lens, epochs = (jnp.where(gone, 0, x) for x in (cache.seq_lens, cache.epochs))
-    return PagedKVCache(lens, tuple(groups), epochs), account, ticket, tuple(ids)
+    cache = dataclasses.replace(cache, seq_lens=lens, groups=tuple(groups), epochs=epochs)
+    return cache, account, ticket, tuple(ids)
 
 
 def _give_up(host: Host, ticket: Ticket, ok: Bool[Array, ""]) -> tuple[Host, Bool[Array, ""]]:
@@ -376,7 +377,8 @@ def _resume(cache, host, ticket, rows, arriving):
     numbers = (ticket.identity + ticket.serial + jnp.arange(N, dtype=jnp.int32)) & INT32_MAX
     marks = jnp.where(arriving & ok & live & (ticket.serial >= 0), -1 - numbers, 0)
     epochs = cache.epochs.at[to].set(jnp.where(marks < 0, marks, ticket.epochs), mode="drop")
-    return PagedKVCache(lens, tuple(groups), epochs), host, targets, marks, ok
+    cache = dataclasses.replace(cache, seq_lens=lens, groups=tuple(groups), epochs=epochs)
+    return cache, host, targets, marks, ok
 
 
 def discard(host: Host, ticket: Ticket) -> tuple[Host, Bool[Array, ""]]:
