@@ -134,8 +134,8 @@ FINE = {  # what is a value like others for an argument of that name, or holds n
     "tokens": {"tuple"},
     "prompts": {"tuple", "dict"},
 }
-NAMED_AS = {"prompts": "prompts|tokens"}
-"""What an error may name besides: a prompt's tokens."""
+NAMED_AS = {"prompts": "prompts|tokens", "extra_keys": "extra_key", "layers": "layer"}
+"""What an error may name instead: one of the list."""
 
 
 NAMES = [
@@ -186,10 +186,10 @@ def test_values_of_other_making_are_refused():
             offload.swap_in(cache, dataclasses.replace(extent, held=held))
     for layer in ((), (0,), (0, 1), (1, 0), (0, 0, 0), -1, 1, (0, None)):
         with pytest.raises((TypeError, ValueError), match="layer"):
-            offload.land(p["begun"], layer, p["arrival"])
+            offload.land(p["begun"], layer, p["arrival"])  # pyright: ignore
     for layers in ([1], [-1], [(0, 1)], [(1, 0)], [None], "0", 0):
         with pytest.raises((TypeError, ValueError), match="layer"):
-            offload.swap_out(cache, ids(0), layers=layers)
+            offload.swap_out(cache, ids(0), layers=layers)  # pyright: ignore
     with pytest.raises(ValueError, match="page_ids: expected shape"):
         offload.swap_in(p["cache"], extent, page_ids=ids(0))
     with pytest.raises(ValueError, match="timeout: expected at least 0 seconds, got -1"):

@@ -737,7 +737,7 @@ def test_a_state_from_before_rows_had_epochs_and_runs_bytes_is_read(tmp_path, mo
     state, fields = busy_state(), _checkpoint._fields
 
     def fields_before(cls):
-        names = [name for name in fields(cls) if name != "epochs"]
+        names = [name for name in fields(cls) if name not in ("epochs", "identity")]
         return [*names, "row_epochs"] if cls is prefix.Index else names
 
     nodes, runs = {}, {}
@@ -757,7 +757,10 @@ def test_a_state_from_before_rows_had_epochs_and_runs_bytes_is_read(tmp_path, mo
             assert now.epochs.any() and not x.epochs.any()
             assert x.epochs.sharding == x.seq_lens.sharding
         loaded["cache"] = dataclasses.replace(cache, epochs=state["cache"].epochs)
-        loaded["tickets"] = [dataclasses.replace(ticket, epochs=state["tickets"][0].epochs)]
+        saved = state["tickets"][0]
+        assert int(loaded["host"].identity) == int(ticket.identity) == 0 != int(saved.identity)
+        loaded["host"] = dataclasses.replace(loaded["host"], identity=state["host"].identity)
+        loaded["tickets"] = [dataclasses.replace(ticket, epochs=saved.epochs, identity=saved.identity)]
         assert_equal(loaded, state)
 
 

@@ -330,6 +330,8 @@ def sleep(
 def wake(asleep: Asleep, *, implementation: Implementation = None) -> PagedKVCache:
     """The cache of a `sleep`, with pools on the device again. Pages that nobody referenced are zeros.
 
+    Pools that pages come into are committed to their device from then on, see `prefetch`.
+
     Args:
       asleep: from `sleep`; it stays valid.
       implementation: backend of the scatter, see `paxcache.ops`.

@@ -375,6 +375,7 @@ def _resume(cache, host, ticket, rows, arriving):
         )
     lens = cache.seq_lens.at[to].set(ticket.seq_lens, mode="drop")
     numbers = (ticket.identity + ticket.serial + jnp.arange(N, dtype=jnp.int32)) & INT32_MAX
+    numbers %= INT32_MAX  # so that an index may take 1 from a mark
     marks = jnp.where(arriving & ok & live & (ticket.serial >= 0), -1 - numbers, 0)
     epochs = cache.epochs.at[to].set(jnp.where(marks < 0, marks, ticket.epochs), mode="drop")
     cache = dataclasses.replace(cache, seq_lens=lens, groups=tuple(groups), epochs=epochs)

@@ -75,7 +75,12 @@ _KNOWN: dict[str, type] = {
 }
 """What a description may name: classes of values, built from their fields."""
 
-_CHANGED: dict[str, set[str]] = {"PagedKVCache": {"epochs"}, "Ticket": {"epochs"}, "Index": {"row_epochs"}}
+_CHANGED: dict[str, set[str]] = {
+    "PagedKVCache": {"epochs"},
+    "Ticket": {"epochs", "identity"},
+    "Host": {"identity"},
+    "Index": {"row_epochs"},
+}
 """Fields that are there in one version and not in another: before rows had epochs, the index had them."""
 
 
@@ -290,6 +295,9 @@ class _Reader:
         if "epochs" in fields and "epochs" not in saved:  # as if no row had been admitted
             lens = values["seq_lens"]
             values["epochs"] = lens if self.arrays is None else jnp.zeros_like(lens)
+        if "identity" in fields and "identity" not in saved:  # all accounts were one
+            serial = values["serial" if cls is offload.Ticket else "next_serial"]
+            values["identity"] = serial if self.arrays is None else jnp.zeros_like(serial)
         if cls is _index.Run:  # which had arrays
             values |= {f: bytes(values[f]) for f in ("ids", "where")}
         if cls is _index.Index:
