@@ -342,7 +342,8 @@ class PagedKVCache:
     groups: tuple[GroupCache, ...]
     epochs: Int32[Array, "B"] | None = None
     """By row, 1 plus the epoch of the weights in which `prefix.admit` began it, which its forks inherit; 0: it was not
-    admitted. None, in a cache put together by hand: none was."""
+    admitted; below 0: a mark of its own until pages that it waits for have landed (`offload.begin_resume`). None, in a
+    cache put together by hand: none was."""
 
     @property
     def max_seqs(self) -> int:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import paxcache
 from driver import config_of, copy_of
 from layouts import LAYOUTS, assert_same, bits, group, ids, with_random_bits
-from paxcache import offload
+from paxcache import offload, prefix
 from paxcache._types import Pages
 from paxcache.offload import _pages
 from test_in_place import _HOST, assert_in_place, cache_shapes, shape, text_of
@@ -175,6 +175,91 @@ def test_outside_jit_no_program_holds_a_large_transfer(monkeypatch):
     inside = jax.jit(functools.partial(offload.swap_out, by_layer=True))(cache, ids(0, 1))
     assert_same(inside, extent)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(inside.blocks)} == {"pinned_host"}
+
+
+def test_chosen_layers_leave_and_come_back():
+    """Two layers of three, in two groups; what came to the others meanwhile stays."""
+    config = LAYOUTS["groups"]
+    cache = filled(config, (13, 6, 0, 0))
+    (whole, other) = names = (ids(1, 0, -1), ids(0, 2))
+    extent = offload.swap_out(cache, names, layers=[1, (1, 0)])
+    by_layer = offload.swap_out(cache, names, by_layer=True)
+    assert extent.blocks[0][0] is None
+    assert_same((extent.blocks[0][1], extent.blocks[1]), (by_layer.blocks[0][1], by_layer.blocks[1]))
+    later = with_random_bits(cache, seed=4)
+    for swap_in in (offload.swap_in, jax.jit(offload.swap_in)):
+        after, found, ok = swap_in(later, extent, page_ids=names)
+        assert ok and [f.tolist() for f in found] == [[1, 0, -1], [0, 2]]
+        for old, new, source, page_ids, chosen in zip(
+            later.groups, after.groups, cache.groups, (whole[:2], other), ([1], [0]), strict=True
+        ):
+            assert_same(new.ref_counts, old.ref_counts)
+            for a, b, c in zip(*(jax.tree.leaves(g.pages) for g in (old, new, source)), strict=True):
+                wanted = bits(a).copy()
+                for layer in chosen:
+                    wanted[layer, page_ids] = bits(c)[layer, page_ids]
+                np.testing.assert_array_equal(bits(b), wanted)
+    begun, arrival, found, ok = offload.begin_swap_in(cache, extent)
+    assert ok
+    with pytest.raises(ValueError, match="layer: 0 has landed already, or is none of those"):
+        offload.land(begun, 0, arrival)
+    after, _ = offload.land(*offload.land(begun, 1, arrival)[:1], 2, offload.land(begun, 1, arrival)[1])
+    assert_same(after, offload.swap_in(cache, extent)[0])
+
+
+def test_given_pages_are_somebodys_and_named_once():
+    cache = filled(config_of(), (9, 0, 0, 0))
+    extent = offload.swap_out(cache, ids(0, -1, 1))
+    for given, fits in (
+        (ids(2, 7, 1), True),
+        (ids(2, 2, 1), True),
+        (ids(1, -1, 1), False),
+        (ids(0, -1, 3), False),
+        (ids(0, -1, -1), False),
+        (ids(0, -1, 10), False),
+    ):
+        after, found, ok = offload.swap_in(cache, extent, page_ids=given)
+        assert ok == fits
+        if fits:
+            assert found[0].tolist() == [2, -1, 1]
+        else:
+            assert_same((after, found[0]), (cache, ids(-1, -1, -1)))
+
+
+EXHAUSTED = "RESOURCE_EXHAUSTED: Out of host memory while trying to allocate 512 bytes."
+
+
+def exhausted(*_, **__):
+    raise jax.errors.JaxRuntimeError(EXHAUSTED)
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["in the program", "outside"])
+def test_pinned_memory_that_is_not_there_is_named(within, monkeypatch):
+    """With the bytes that were wanted and the variable that bounds them; other errors stay what they are."""
+    config = config_of()
+    cache, host = filled(config, (8, 0, 0, 0)), offload.init(config, 4)
+    tier, index = offload.init_tier(config, 4), prefix.init(config)
+    cache, index = prefix.publish(cache, index, 0, range(8))
+    calls = {
+        "swap_out": lambda **kind: offload.swap_out(cache, ids(0, 1), **kind),
+        "preempt": lambda: offload.preempt(cache, host, ids(0)),
+        "write_through": lambda: offload.write_through(cache, index, tier, [range(8)]),
+        "sleep": lambda **kind: offload.sleep(cache, **kind),
+    }
+    num_bytes = 2 * 2 * 2 * 4 * 4 * 4  # two pages of two layers, keys and values, float32
+    if within:
+        monkeypatch.setattr(_pages, "_gather", exhausted)
+    else:
+        monkeypatch.setattr(_pages, "ONE_PROGRAM_BYTES", 0)
+        monkeypatch.setattr(jax, "device_put", exhausted)
+    for call in calls.values():
+        with pytest.raises(MemoryError, match=f"no room for {num_bytes} bytes of pinned host memory") as info:
+            call()
+        assert "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB" in str(info.value) and EXHAUSTED in str(info.value)
+        assert isinstance(info.value.__cause__, jax.errors.JaxRuntimeError)
+    for name in ("swap_out", "sleep"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+            calls[name](memory_kind="device")
 
 
 def with_pages_of(cache, change):
@@ -337,6 +422,61 @@ def test_places_of_tickets_are_reused_but_old_tickets_are_not():
     assert new.ok and int(new.entry) == int(old.entry)
     assert not offload.resume(one, host, old, ids(0))[2]
     assert offload.resume(one, host, new, ids(0))[2]
+
+
+def test_a_ticket_of_another_account_is_refused():
+    """The two have given out the same serial numbers: only their identities tell them apart."""
+    config = config_of()
+    cache = filled(config, (9, 5, 0, 0))
+    ours, theirs = offload.init(config, 9), offload.init(config, 9)
+    idle, ours, mine = offload.preempt(cache, ours, ids(0))
+    _, theirs, foreign = offload.preempt(cache, theirs, ids(1))
+    assert mine.ok and foreign.ok
+    assert (int(mine.serial), int(mine.entry)) == (int(foreign.serial), int(foreign.entry))
+    for call in (
+        lambda: offload.resume(idle, ours, foreign, ids(0)),
+        lambda: offload.begin_resume(idle, ours, foreign, ids(0)),
+        lambda: offload.discard(ours, foreign),
+    ):
+        with pytest.raises(ValueError, match="ticket: made by another account than host"):
+            call()
+    after, account, ok = jax.jit(offload.resume)(idle, ours, foreign, ids(0))
+    assert not ok
+    assert_same((after, account), (idle, ours))
+    account, ok = jax.jit(offload.discard)(ours, foreign)
+    assert not ok
+    assert_same(account, ours)
+    assert offload.resume(idle, ours, mine, ids(0))[2]
+    assert jax.jit(offload.resume)(idle, ours, mine, ids(0))[2]
+    two = config_of(group(), group())
+    with pytest.raises(ValueError, match="ticket: expected one of 2 groups like host, got one of 1"):
+        offload.discard(offload.init(two, 9), foreign)
+
+
+@pytest.mark.parametrize("place", [lambda x: x, jax.device_put], ids=["as made", "on the device"])
+def test_an_account_may_be_donated_and_tickets_stay(place):
+    config = config_of()
+    cache, host = filled(config, (4, 4, 0, 0)), place(offload.init(config, 4))
+    cache, host, first = offload.preempt(cache, host, ids(0))
+    cache, host, second = offload.preempt(cache, host, ids(1))
+    resume = jax.jit(offload.resume, donate_argnums=(0, 1))
+    for ticket, row in ((first, 2), (second, 3)):
+        cache, host, ok = resume(cache, host, ticket, ids(row))
+        assert ok
+    assert host.used.tolist() == [0] and not offload.discard(host, first)[1]
+
+
+def test_serial_numbers_start_again_where_int32_ends():
+    config = config_of()
+    cache, host = filled(config, (4, 4, 0, 0)), offload.init(config, 4)
+    host = dataclasses.replace(host, next_serial=jnp.int32(2**31 - 1))
+    one, host, old = offload.preempt(cache, host, ids(0))
+    one, host, new = offload.preempt(one, host, ids(1))
+    assert [int(t.serial) for t in (old, new)] == [2**31 - 1, 0]
+    for ticket, row in ((new, 3), (old, 2)):
+        one, host, ok = offload.resume(one, host, ticket, ids(row))
+        assert ok
+    assert host.used.tolist() == [0]
 
 
 def test_programs_are_compiled_once_per_size_class():
@@ -530,6 +670,19 @@ def test_fetched_layers_are_waited_for():
     assert_same((new, account, ok), expected)
 
 
+def test_layers_are_timed_one_by_one():
+    config = LAYOUTS["groups"]
+    cache = filled(config, (13, 6, 0, 0))
+    extent = offload.swap_out(cache, (ids(0, 1), ids(0)), layers=[0, 2])
+    cache, arrival, _, _ = offload.begin_swap_in(cache, extent)
+    (first, absent), (last,) = offload.time_layers(arrival)
+    assert absent is None and first is not None and last is not None and min(first, last) >= 0
+    with pytest.raises(ValueError, match="arrival: expected pages on the host, got some that fetch or land"):
+        offload.time_layers(offload.fetch(arrival))
+    with pytest.raises(TypeError, match="arrival: time_layers measures transfers from the host"):
+        jax.jit(offload.time_layers)(arrival)
+
+
 class Stuck:
     """A transfer that is never done."""
 
@@ -548,6 +701,7 @@ def test_a_time_out_names_the_layer():
     cache, arrival, _, _ = offload.begin_swap_in(cache, extent)
     arrival = offload.fetch(arrival)
     (first, second), last = arrival.blocks
+    assert second is not None
     stuck = Stuck(second.v)
     arrival = dataclasses.replace(arrival, blocks=((first, dataclasses.replace(second, v=stuck)), last))
     for timeout in (0, 0.01):

@@ -156,6 +156,47 @@ def copies(monkeypatch) -> dict[str, list[int]]:
     return sizes
 
 
+# Removing.
+
+
+def test_removed_pages_are_forgotten_and_the_others_stay():
+    w = tiered()
+    prompts = [range(18), [*range(6), *range(50, 60)], range(70, 79)]
+    for prompt in prompts:
+        w.serve(0, prompt)
+    w.evict(100)
+    assert w.tier.num_pages == (9,)
+    before = w.tier
+    keys = [k for p in prompts for k in prefix.page_keys(list(p), page_size=4)]
+    w.tier, removed = offload.remove(w.tier, [*keys[4:8], bytes(32), keys[4]])
+    assert removed == 4 == w.tier.traffic.pages_forgotten  # the first page is that of both prompts
+    w.check()
+    assert [w.reusable(p) for p in prompts] == [0, 0, 8]
+    w.tier, removed = offload.remove(before, keys[1:4])
+    assert removed == 3 and [w.reusable(p) for p in prompts] == [4, 15, 8]
+    w.check()
+    assert w.prefetch(prompts[1]) == 3 and w.admit(0, prompts[1]) == 15
+    w.tier, removed = offload.remove(w.tier, keys)
+    assert removed == 6 and w.tier.num_pages == w.tier.reserved == (0,) and w.tier.num_bytes == 0
+    w.check()
+    assert offload.remove(w.tier, [])[1] == 0
+
+
+def test_a_cleared_tier_is_empty_and_goes_on():
+    w = tiered()
+    w.serve(0, range(18))
+    w.evict(100)
+    old, w.tier = w.tier, offload.clear(w.tier)
+    assert w.tier.num_pages == w.tier.reserved == (0,) and w.reusable(range(18)) == 0
+    assert w.tier.traffic == offload.Traffic(pages_written=4, pages_forgotten=4)
+    w.check()
+    check_tier(old, w.texts, w.size)
+    w.serve(0, range(18))
+    w.evict(100)
+    assert w.tier.num_pages == (4,) and w.prefetch(range(18)) == 4
+    w.check()
+
+
 # Write policies.
 
 
