@@ -468,3 +468,98 @@ def test_arguments_are_named():
     bad: Any = [1.0] * B
     with pytest.raises(TypeError, match="lens: expected integer values"):
         device.match(index, tokens, bad)
+
+
+# Growth.
+
+
+def array_shapes(program, *args) -> set[tuple[int, ...]]:
+    """Shapes of all arrays that a program makes, in its inner programs too."""
+    found = set()
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            found.update(getattr(v.aval, "shape", ()) for v in equation.outvars)
+            for part in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    visit(inner)
+
+    visit(jax.make_jaxpr(program)(*args).jaxpr)
+    return found
+
+
+def next_tokens(params, tokens, cache, step, logits_at):
+    return jax.nn.one_hot(tokens[logits_at] + 1, 8), cache
+
+
+@pytest.mark.parametrize("window", [None])
+def test_generation_with_an_index_makes_no_array_of_pairs_of_prompts(window):
+    """Beside what it makes without an index, nothing is larger than the prompts, the tables and the index."""
+    N, rows, width, C = 1009, 211, 19, 307
+    sizes = dict(page_size=4, num_pages=509, max_seqs=rows, max_pages_per_seq=8)
+    config = config_of(layer_group(), layer_group(sliding_window=window), **sizes)
+    cache = cache_shapes(config)
+    index = jax.eval_shape(lambda: device.init(config, capacity=C))
+
+    def program(cache, index, prompts, lens):
+        out = paxcache.generate(
+            next_tokens, None, cache, prompts, index=index, max_new_tokens=2, prompt_lens=lens, chunk_size=256
+        )
+        return out.tokens, out.index
+
+    prompts = shape(N, width, dtype="int32"), shape(N, dtype="int32")
+    without = array_shapes(lambda cache, *prompts: program(cache, None, *prompts), cache, *prompts)
+    shapes = array_shapes(program, cache, index, *prompts) - without
+    largest = max(shapes, key=np.prod)
+    assert np.prod(largest) <= 2 * N * (width + 2), largest
+    assert any(C in s for s in shapes) and any(N in s for s in shapes)  # it did look at both
+
+
+def test_memory_of_publish_grows_with_its_rows():
+    """Four times the rows take four times the room, and none of it for pairs of rows."""
+
+    def room(rows):
+        config = config_of(layer_group(), page_size=4, num_pages=64, max_seqs=rows, max_pages_per_seq=16)
+        args = shape(rows, dtype="int32"), shape(rows, 64, dtype="int32"), shape(rows, dtype="int32")
+        index = jax.eval_shape(lambda: device.init(config))
+        return jax.jit(device.publish).lower(cache_shapes(config), index, *args).compile()
+
+    small, large = (room(rows).memory_analysis().temp_size_in_bytes for rows in (64, 256))
+    assert large <= 5 * small, (small, large)
+    assert large < 256**2 * 16 * 4  # a flag for each token of each pair
+
+
+def test_rows_that_offer_the_same_text_keep_the_pages_of_the_first():
+    """Among many rows at once: equal beginnings of any length fold, and equal pages behind unequal ones do not."""
+    rng = np.random.default_rng(0)
+    config = config_of(layer_group(), page_size=2, num_pages=200, max_seqs=24, max_pages_per_seq=4)
+    prompts = [rng.integers(0, 2, rng.integers(0, 9)).tolist() for _ in range(24)]
+    keys = rng.integers(0, 2, 24).tolist()
+    cache, index = paxcache.init(config), device.init(config)
+    rows, (tokens, lens) = jnp.arange(24), padded(prompts)
+    cache, _, _ = device.admit(cache, index, rows, tokens, lens)
+    cache, step = paxcache.extend(cache, lens, num_tokens=200)
+    step.raise_if_failed()
+    before = np.asarray(cache.groups[0].block_tables)
+    cache, index, lost = device.publish(cache, index, rows, tokens, lens, extra_keys=jnp.array(keys))
+    tables = np.asarray(cache.groups[0].block_tables)
+    first = {}
+    for row, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
+        for page in range(len(prompt) // 2):
+            text = (key, tuple(prompt[: 2 * page + 2]))
+            assert tables[row, page] == first.setdefault(text, before[row, page]), (row, page)
+    assert int(lost) == 0 and int(index.num_entries) == len(first) < sum(len(p) // 2 for p in prompts)
+    paxcache.check(cache, held=tuple(map(np.asarray, device.held(cache, index))))
+
+
+def test_a_page_that_two_texts_of_one_call_claim_is_stored_for_one():
+    """Forks that say different things of the page they share: the first is believed."""
+    config, lens = CONFIGS[0], jnp.array([4, 4, 0])
+    cache, index = paxcache.init(config), device.init(config)
+    cache, _ = paxcache.extend(cache, jnp.array([4, 0, 0]), num_tokens=T)
+    cache, _ = paxcache.fork(cache, jnp.array([0]), jnp.array([1]))
+    tokens, _ = padded([[1, 2, 3, 4], [1, 9, 3, 4], []])
+    cache, index, _ = device.publish(cache, index, jnp.arange(B), tokens, lens)
+    assert device.match(index, tokens, lens).num_tokens.tolist() == [4, 0, 0]
+    paxcache.check(cache, held=tuple(map(np.asarray, device.held(cache, index))))

@@ -180,9 +180,14 @@ def _find(index: DeviceIndex, prompts: _Prompts) -> tuple[Int32[Array, "N W"], B
     same = (index.tokens[entry] == prompts.pages).all(axis=-1)
     same &= (index.extra_keys[entry] == prompts.extra_keys[:, None]) & (index.depths[entry] == depth)
     same &= (index.parents[entry] == parent) & (depth < prompts.num_pages[:, None])
-    agrees = jnp.cumsum(~same, axis=1, dtype=jnp.int32) == 0
+    agrees = _up_to_first(same)
     taken = (index.hashes[:, entry] == prompts.hashes).all(axis=0) & (index.depths[entry] >= 0)
     return jnp.where(agrees, entry, NO_ENTRY), taken & ~same
+
+
+def _up_to_first(holds: Bool[Array, "N W"]) -> Bool[Array, "N W"]:
+    """The places before the first one at which it does not hold."""
+    return jnp.cumsum(~holds, axis=1, dtype=jnp.int32) == 0
 
 
 def match(
@@ -301,8 +306,8 @@ def publish(
 
     Pages that are stored already fold: the row maps the stored ones and gives its own back; of rows that computed the
     same, the first one's are kept. Where the index is full, entries make way that were used least recently, leaves
-    first, whether rows use their pages or not; pages for which none can make way are not stored. Rows are compared with
-    each other, N² × L comparisons: offer rows when they end, not all of them in every step.
+    first, whether rows use their pages or not; pages for which none can make way are not stored. A call sorts the N × L
+    tokens' pages and the entries: offer rows when they end, not all of them in every step.
 
     Args:
       cache: the cache.
@@ -345,24 +350,30 @@ def _publish(cache, index, rows, tokens, lens, extra_keys):
     depth = jnp.arange(W, dtype=jnp.int32)
     offered = depth < prompts.num_pages[:, None]
     for table in tables:
-        offered &= jnp.cumsum(table < 0, axis=1, dtype=jnp.int32) == 0
+        offered &= table >= 0
     stored, collides = _find(index, prompts)
     # Not offered: a page that an entry with another text holds or hides behind its hash, and what follows it.
     foreign = collides & (stored < 0)
     for group, pages, table in zip(cache.groups, index.pages, tables, strict=True):
         is_held = _allocator.add_references(jnp.zeros_like(group.ref_counts), pages, 1) > 0
         foreign |= is_held[jnp.maximum(table, 0)] & ((stored < 0) | (pages[stored] != table))
-    offered &= jnp.cumsum(foreign, axis=1, dtype=jnp.int32) == 0
+    offered = _up_to_first(offered & ~foreign)
     stored = jnp.where(offered, stored, NO_ENTRY)
     turns = index.tick + 1 + jnp.arange(N, dtype=jnp.int32)
     index = _touch(index, stored, turns)
 
-    # The first row with the same text up to a page's end is the one whose page is kept.
-    alike = (prompts.pages[:, None] == prompts.pages[None]).all(axis=-1)
-    alike &= (extra_keys[:, None] == extra_keys[None])[..., None] & offered[None]
-    alike = jnp.cumsum(~alike, axis=2, dtype=jnp.int32) == 0
-    keeper = jnp.argmax(alike, axis=1).astype(jnp.int32)
-    is_new = offered & (stored < 0) & (keeper == jnp.arange(N, dtype=jnp.int32)[:, None])
+    keeper, agrees = _keepers(prompts, stored, offered)
+    # Nor a page that two texts of this call claim. What hangs on a keeper goes with it.
+    cells = jnp.arange(N * W, dtype=jnp.int32).reshape(N, W)
+    claims = agrees & (stored < 0)
+    for group, table in zip(cache.groups, tables, strict=True):
+        P = group.ref_counts.shape[0]
+        page = jnp.where(claims & (table >= 0), table, P)
+        owner = jnp.full(P, N * W, jnp.int32).at[page].min(keeper, mode="drop")
+        agrees &= ~claims | (table < 0) | (owner[jnp.maximum(table, 0)] == keeper)
+    agrees = _up_to_first(agrees)
+    offered = _up_to_first(agrees & agrees.reshape(-1)[keeper])
+    is_new = offered & (stored < 0) & (keeper == cells)
 
     # Room: free entries, then those used least recently, but none that this call has just used.
     wanted = is_new.sum(dtype=jnp.int32)
@@ -376,7 +387,7 @@ def _publish(cache, index, rows, tokens, lens, extra_keys):
         jnp.arange(C, dtype=jnp.int32), mode="drop"
     )  # fmt: skip
     fresh = jnp.where(kept, free_entries[jnp.clip(rank, 0, C - 1)], NO_ENTRY)
-    entries = jnp.where(stored >= 0, stored, jnp.take_along_axis(fresh, keeper, axis=0))
+    entries = jnp.where(stored >= 0, stored, fresh.reshape(-1)[keeper])
     entries = jnp.where(offered, entries, NO_ENTRY)
 
     where = jnp.where(kept, fresh, C)
@@ -407,6 +418,35 @@ def _publish(cache, index, rows, tokens, lens, extra_keys):
         groups.append(dataclasses.replace(group, block_tables=new_tables, ref_counts=counts))
     lost = num_dropped + wanted - kept.sum(dtype=jnp.int32)
     return dataclasses.replace(cache, groups=tuple(groups)), index, lost
+
+
+def _keepers(
+    prompts: _Prompts, stored: Int32[Array, "N W"], offered: Bool[Array, "N W"]
+) -> tuple[Int32[Array, "N W"], Bool[Array, "N W"]]:
+    """Of rows that offer the same new page, the first: the place, as ``row * W + page``, at which it stands.
+
+    Sorted by hash, equal pages are neighbours: no row is compared with another but the first that has its hash.
+
+    Returns:
+      The places (its own for a stored page), and the pages that agree with theirs, from the prompt's first on: the
+      page itself in every token, and what is before it by standing at the same place or entry. So equal hashes of
+      different texts are found out, and the later of the rows offers nothing from there on.
+    """
+    N, W = offered.shape
+    is_new = offered & (stored < 0)
+    cells = jnp.arange(N * W, dtype=jnp.int32)
+    old, high, low = (x.reshape(-1) for x in (~is_new, *prompts.hashes))
+    old, high, low, order = jax.lax.sort((old.astype(jnp.int32), high, low, cells), num_keys=3)
+    begins = jnp.ones(N * W, bool).at[1:].set((old[1:] > 0) | (high[1:] != high[:-1]) | (low[1:] != low[:-1]))
+    first = order[jax.lax.cummax(jnp.where(begins, cells, 0))]
+    keeper = jnp.zeros(N * W, jnp.int32).at[order].set(first).reshape(N, W)
+    row, page = keeper // W, keeper % W
+    # What a page hangs below: nothing, an entry, or a page that somebody offers here.
+    below = jnp.where(stored >= 0, -1 - stored, keeper)
+    below = jnp.pad(below[:, :-1], ((0, 0), (1, 0)), constant_values=N * W)
+    same = (prompts.pages[row, page] == prompts.pages).all(axis=-1) & (page == jnp.arange(W, dtype=jnp.int32))
+    same &= (prompts.extra_keys[row] == prompts.extra_keys[:, None]) & (below[row, page] == below)
+    return keeper, _up_to_first(offered & (same | ~is_new))
 
 
 # Eviction.
