@@ -264,8 +264,8 @@ def _admit(job: _Job, state: _State, *, chunk_size: int) -> tuple[_State, Bool[A
         mapped = jnp.sum(mapped.at[state.lane_rows].get(mode="fill", fill_value=0), dtype=jnp.int32)
         free = (group.ref_counts == 0).sum(dtype=jnp.int32)
         if state.index is not None:  # pages that the index alone holds make way
-            stored = state.index.depths >= 0
-            free += (stored & (group.ref_counts[state.index.pages[g]] == 1)).sum(dtype=jnp.int32)
+            stored = device.held(cache, state.index)[g]
+            free += ((stored > 0) & (group.ref_counts == 1)).sum(dtype=jnp.int32)
         new = jnp.cumsum(jnp.where(waiting & (turn < R), pages, 0), dtype=jnp.int32)
         fits &= held + new <= free + mapped
     fits |= (turn == 0) & ~state.running.any()
@@ -371,6 +371,16 @@ def _step(model_fn: ModelFn, params: Any, job: _Job, state: _State, *, num_token
     )
 
 
+def _publish(state: _State) -> _State:
+    """Offers what lanes have computed to later prompts."""
+    if state.index is None:
+        return state
+    rows = jnp.where(state.lane_prompts < state.tokens.shape[0], state.lane_rows, -1)
+    tokens = state.tokens[state.prompts]
+    cache, index, _ = device.publish(state.cache, state.index, rows, tokens, state.cached)
+    return dataclasses.replace(state, cache=cache, index=index)
+
+
 def _retire(state: _State) -> _State:
     """Empties the rows of prompts that stopped; if nobody advanced, stops or preempts the youngest prompt.
 
@@ -390,14 +400,10 @@ def _retire(state: _State) -> _State:
     else:
         leaving = jnp.where(preempted, youngest, R)
     rows = jnp.zeros(B, bool).at[state.lane_rows].set(leaves, mode="drop")
-    cache, index = state.cache, state.index
-    if index is not None:  # also of rows that go on, so that the next prompts find it
-        published = jnp.where(state.lane_prompts < N, state.lane_rows, -1)
-        cache, index, _ = device.publish(cache, index, published, state.tokens[state.prompts], state.cached)
+    state = _publish(state)  # also of rows that go on, so that the next prompts find it
     return dataclasses.replace(
         state,
-        cache=release(cache, rows),
-        index=index,
+        cache=release(state.cache, rows),
         reasons=reasons,
         lane_prompts=jnp.where(leaves, N, state.lane_prompts),
         starved=state.starved & ~leaves,
@@ -417,6 +423,8 @@ def _advance(
     Lanes are handed out and rows emptied only in the outer loop: an ordinary step pays for neither.
     """
     run = functools.partial(_step, model_fn, params, job)
+    # Pages left of a window are gone with the next step: of prompts, what is not offered before it is lost.
+    offer = _publish if any(g.sliding_window is not None for g in state.cache.groups) else lambda state: state
 
     def goes_on(state):
         return (state.num_steps < until) & ~state.changed & ~state.waits_for_host
@@ -427,7 +435,7 @@ def _advance(
     def cycle(state):
         state, others_wait = _admit(job, state, chunk_size=chunk_size)
         state = jax.lax.while_loop(
-            lambda s: goes_on(s) & has_chunks(s), functools.partial(run, num_tokens=chunk_size), state
+            lambda s: goes_on(s) & has_chunks(s), lambda s: offer(run(s, num_tokens=chunk_size)), state
         )
         state = jax.lax.while_loop(
             lambda s: goes_on(s) & s.running.any() & ~has_chunks(s) & ~others_wait,
@@ -689,6 +697,10 @@ def _prepare(
     _checks.instance("sampling", sampling, Sampling)
     if index is not None:
         _checks.instance("index", index, device.DeviceIndex, source="prefix.device.init")
+        if not _checks.is_traced(cache, index) and not device.belongs(cache, index):
+            raise ValueError(
+                "index: the pages it holds are not this cache's: go on with the pair that the last call returned"
+            )
     swaps = None
     if host_pages is not None:
         if _checks.is_traced(params, cache, prompts, prompt_lens, limits):

@@ -231,7 +231,8 @@ def _preempt(cache, host, rows, bounds):
     )
     ticket = Ticket(ok, lens, epochs, tuple(tables), Extent((), tuple(held)), entry, serial)
     lens, epochs = (jnp.where(gone, 0, x) for x in (cache.seq_lens, cache.epochs))
-    return PagedKVCache(lens, tuple(groups), epochs), account, ticket, tuple(ids)
+    cache = dataclasses.replace(cache, seq_lens=lens, groups=tuple(groups), epochs=epochs)
+    return cache, account, ticket, tuple(ids)
 
 
 def _give_up(host: Host, ticket: Ticket, ok: Bool[Array, ""]) -> tuple[Host, Bool[Array, ""]]:
@@ -324,7 +325,7 @@ def _resume(cache, host, ticket, rows):
         )
     lens = cache.seq_lens.at[to].set(ticket.seq_lens, mode="drop")
     epochs = cache.epochs.at[to].set(ticket.epochs, mode="drop")
-    return PagedKVCache(lens, tuple(groups), epochs), host, targets, ok
+    return dataclasses.replace(cache, seq_lens=lens, groups=tuple(groups), epochs=epochs), host, targets, ok
 
 
 def discard(host: Host, ticket: Ticket) -> tuple[Host, Bool[Array, ""]]:

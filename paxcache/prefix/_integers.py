@@ -70,7 +70,8 @@ def _write_rows(cache, rows, seq_lens, epochs, tables, taken):
         counts = _allocator.add_references(counts, pages, 1)
         groups.append(dataclasses.replace(group, block_tables=new_tables, ref_counts=counts))
     seq_lens = cache.seq_lens.at[rows].set(seq_lens, mode="drop")
-    return (PagedKVCache(seq_lens, tuple(groups), cache.epochs.at[rows].set(epochs, mode="drop")),)
+    epochs = cache.epochs.at[rows].set(epochs, mode="drop")
+    return (dataclasses.replace(cache, seq_lens=seq_lens, groups=tuple(groups), epochs=epochs),)
 
 
 def write_epochs(cache: PagedKVCache, rows: Sequence[int], epoch: int) -> PagedKVCache:
