@@ -743,7 +743,7 @@ def test_a_state_from_before_rows_had_epochs_and_runs_bytes_is_read(tmp_path, mo
     nodes, runs = {}, {}
     for node_id, node in _tree.items(state["index"].nodes):
         run = node.run
-        arrays = run._replace(ids=run.table.copy(), where=np.frombuffer(run.where, np.uint8).copy())
+        arrays = run._replace(ids=run.table.copy())
         nodes[node_id] = node._replace(run=runs.setdefault(id(run), arrays))
     old = {**state, "index": dataclasses.replace(state["index"], nodes=_tree.update(None, nodes))}
     with monkeypatch.context() as before:

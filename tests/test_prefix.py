@@ -1117,10 +1117,10 @@ def filled(num_pages: int, size: int = 2) -> World:
         draft.tick += 1
         prompt = _keys.prompt(tokens[n * size : (n + 1) * size], page_size=size, extra_key=None, epoch=0)
         page = ids[n : n + 1, None]
-        run = _index.Run(prompt.tokens, bytes(32), {}, page.tobytes(), _index.ON_DEVICE)
+        run = _index.Run(prompt.tokens, bytes(32), {}, page.tobytes())
         draft.add(prompt, 0, 0, run, priority=0, expires=math.inf)
-        draft.hold(page, taken)
-    w.cache, w.index = cache, draft.done()
+        draft.hold(run.keys, page, taken)
+    w.cache, w.index = dataclasses.replace(cache, holdings=None), draft.done()
     return w
 
 
@@ -1233,33 +1233,7 @@ def test_few_programs_are_compiled():
             serve(n)
 
 
-# Places, events, counters, the store.
-
-
-def test_a_match_spans_tiers_and_a_page_in_flight_is_left_alone():
-    w = world()
-    w.serve(0, range(16))
-    assert prefix.match(w.index, range(4)).places[0]._replace(id=()) == prefix.Place(
-        prefix.Tier.DEVICE, (), False
-    )
-    there = prefix.match(w.index, range(16)).places
-    flying = [place._replace(in_flight=True) for place in there[2:]]
-    w.cache, w.index = prefix.move(w.cache, w.index, range(16), 2, flying)
-    w.check()
-    assert w.match(range(16)) == 8 and w.evict(100) == 0  # leaves first, and the leaf is in flight
-    landed = [prefix.Place(prefix.Tier.HOST, (n,), False) for n in range(2)]
-    w.cache, w.index = prefix.move(w.cache, w.index, range(16), 2, landed)
-    w.check()
-    assert w.free() == 22
-    found = prefix.match(w.index, range(16))
-    assert found.num_tokens == 16 and found.places == (*there[:2], *landed)
-    assert w.admit(1, range(16)) == 8  # what is on the device
-    w.check()
-    w.cache, w.index = prefix.move(w.cache, w.index, range(16), 2, there[2:])
-    w.check()
-    assert w.free() == 20 and prefix.match(w.index, range(16)).places == there
-    with pytest.raises(ValueError, match="places: expected those of stored pages, 4 of this prompt's"):
-        prefix.move(w.cache, w.index, range(16), 3, there)
+# Events, counters, the store.
 
 
 def test_events():
@@ -1403,15 +1377,12 @@ def evicted_one_by_one(index, needs, in_use, policy):
             break
         leaf = min(leaves, key=worth)
         first = max(leaf.end - lacking, leaf.youngest if policy == "fifo" else leaf.start)
-        tail = list(zip(leaf.run.table[first : leaf.end], leaf.run.where[first : leaf.end], strict=True))
         pages = 0
-        for ids, where in reversed(tail):
-            if where >= _index.IN_FLIGHT or any(
-                p >= 0 and used[p] for p, used in zip(ids, in_use, strict=True)
-            ):
+        for ids in reversed(leaf.run.table[first : leaf.end]):
+            if any(p >= 0 and used[p] for p, used in zip(ids, in_use, strict=True)):
                 break
             pages += 1
-            freed = [n + (where == prefix.Tier.DEVICE and p >= 0) for n, p in zip(freed, ids, strict=True)]
+            freed = [n + (p >= 0) for n, p in zip(freed, ids, strict=True)]
         if pages == 0:
             stay.add(leaf.id)
             continue
@@ -1429,7 +1400,7 @@ def assert_evicts_one_by_one(cache, index, needs, policy) -> None:
     maps = (index.nodes, index.edges, index.pins, *(order for _, order in index.orders))
     before = [list(_tree.items(tree)) for tree in maps]
     _, after, _, gone = _host._evict(cache, index, needs, policy, None)
-    assert [(node.id, node.end, pages) for node, pages in gone] == cuts
+    assert [(some.node.id, some.places[-1] + 1, len(some.places)) for some in gone] == cuts
     assert [list(_tree.items(tree)) for tree in maps] == before  # a value
     children = [node.parent for node in nodes.values()]
     nodes = {n: node._replace(num_children=children.count(n)) for n, node in nodes.items()}

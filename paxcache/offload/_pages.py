@@ -287,8 +287,8 @@ def swap_in(
 ) -> tuple[PagedKVCache, tuple[Int32[Array, "N"], ...], Bool[Array, ""]]:
     """Copies an extent's pages into free pages, all of them in all groups or none.
 
-    Each of the pages comes with one reference, which is the caller's: hand the pages on (`prefix.move` takes references
-    of its own), then give them back with `drop`.
+    Each of the pages comes with one reference, which is the caller's: hand the pages on, then give them back with
+    `drop`.
 
     The transfer is part of the program that writes the pools, which a caller's jit may donate to it; what is launched
     after it waits for the link. `begin_swap_in` spreads that over the layers of a model.

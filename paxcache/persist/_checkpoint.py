@@ -63,11 +63,9 @@ _KNOWN: dict[str, type] = {
         _index.Counters,
         _index.Index,
         _index.Node,
-        _index.Place,
         _index.Removed,
         _index.Run,
         _index.Stored,
-        _index.Tier,
         _keys.ExtraKey,
         _keys.Item,
         _host.Pin,
@@ -75,7 +73,11 @@ _KNOWN: dict[str, type] = {
 }
 """What a description may name: classes of values, built from their fields."""
 
-_CHANGED: dict[str, set[str]] = {"PagedKVCache": {"epochs"}, "Ticket": {"epochs"}, "Index": {"row_epochs"}}
+_CHANGED: dict[str, set[str]] = {
+    "PagedKVCache": {"epochs", "holdings"},
+    "Ticket": {"epochs"},
+    "Index": {"row_epochs"},
+}
 """Fields that are there in one version and not in another: before rows had epochs, the index had them."""
 
 
@@ -291,7 +293,7 @@ class _Reader:
             lens = values["seq_lens"]
             values["epochs"] = lens if self.arrays is None else jnp.zeros_like(lens)
         if cls is _index.Run:  # which had arrays
-            values |= {f: bytes(values[f]) for f in ("ids", "where")}
+            values["ids"] = bytes(values["ids"])
         if cls is _index.Index:
             log = None
             for event in reversed(values["log"]):
