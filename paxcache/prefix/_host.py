@@ -153,6 +153,7 @@ def match(
     Reference: RadixAttention of SGLang (Zheng et al., 2024); copy-on-write of its last page, as TensorRT-LLM's
     partial reuse.
     """
+    _check_index(index)
     prompt = _prompt(index, tokens, extra_key)
     return _match(index, prompt, limit=prompt.num_tokens, partial=partial)
 
@@ -314,6 +315,10 @@ def publish(
     maps the stored ones and gives its own back (a `Step` made before is no longer valid). A row whose tokens were
     begun under earlier weights (see `new_epoch`) offers nothing.
 
+    Beside a sliding window, publish what a prompt has computed before each `extend` that goes on with it: `extend`
+    gives back the row's pages left of the window, and those of them that no index holds are lost. A prompt that is
+    published only at its end is reused from near its end alone, or where another one computes the missing pages.
+
     A call that stores nothing costs little less than one that does: publish where a prompt or an answer ends, or a page
     is full, not after every token.
 
@@ -374,8 +379,10 @@ def publish_rows(
     priority = _checks.static_int("priority", priority, minimum=0)
     draft = Draft(index)
     _set_time(draft, now)
-    if ttl is not None and not ttl >= 0:
-        raise ValueError(f"ttl: expected at least 0, got {ttl}")
+    if ttl is not None:
+        _check_number("ttl", ttl)
+        if not ttl >= 0:
+            raise ValueError(f"ttl: expected at least 0, got {ttl}")
     worth = {"priority": priority, "expires": math.inf if ttl is None else draft.now + ttl}
     made = [_prompt(draft, p, key) for p, key in zip(prompts, extra_keys, strict=True)]
     if not rows:
@@ -704,7 +711,11 @@ def held(index: Index) -> tuple[Int32[np.ndarray, "P"], ...]:
 
     Returns:
       For each group, i32[P]: 1 for a page that an entry holds, else 0.
+
+    Raises:
+      TypeError: index is no `Index`.
     """
+    _check_index(index)
     return tuple(held.astype(np.int32) for held in index.held)
 
 
@@ -734,6 +745,7 @@ def new_epoch(index: Index, epoch: int | None = None) -> Index:
       >>> prefix.new_epoch(prefix.init(config), 100).epoch
       100
     """
+    _check_index(index)
     draft = Draft(index)
     low = index.epoch + 1
     draft.epoch = _check_epoch(low if epoch is None else epoch, minimum=low)
@@ -767,6 +779,7 @@ def pin(
     Raises:
       ValueError, TypeError: an argument's type or shape is wrong.
     """
+    _check_index(index)
     draft = Draft(index)
     path = _index.walk(draft, _prompt(draft, tokens, extra_key)).path
     if not path:
@@ -786,7 +799,12 @@ def unpin(index: Index, pin: Pin) -> Index:
 
     Returns:
       The index.
+
+    Raises:
+      TypeError: index is no `Index`, or pin no `Pin`.
     """
+    _check_index(index)
+    _checks.instance("pin", pin, Pin, source="prefix.pin")
     times = _tree.get(index.pins, pin.node)
     if times is None:
         return index
@@ -804,8 +822,12 @@ def take_events(index: Index) -> tuple[Index, tuple[Event, ...]]:
     Returns:
       The index without them, and the events.
 
+    Raises:
+      TypeError: index is no `Index`.
+
     Reference: KV cache events of vLLM.
     """
+    _check_index(index)
     events, log = [], index.log
     while log is not None:
         event, log = log
@@ -813,9 +835,13 @@ def take_events(index: Index) -> tuple[Index, tuple[Event, ...]]:
     return dataclasses.replace(index, log=None), tuple(reversed(events))
 
 
+def _check_index(index: Index) -> None:
+    _checks.instance("index", index, Index, source="prefix.init")
+
+
 def _check_cache(cache: PagedKVCache, index: Index) -> None:
     _checks.instance("cache", cache, PagedKVCache)
-    _checks.instance("index", index, Index, source="prefix.init")
+    _check_index(index)
     if isinstance(cache.seq_lens, Tracer):
         raise TypeError("the host index reads the cache on the host; inside jit use paxcache.prefix.device")
     sizes = (cache.page_size, cache.max_pages_per_seq, tuple(g.ref_counts.shape[0] for g in cache.groups))
@@ -837,20 +863,36 @@ def _check_rows(
     cache: PagedKVCache, index: Index, rows: Any, prompts: Any, extra_keys: Any
 ) -> tuple[list[int], list[Any]]:
     _check_cache(cache, index)
+    for name, values in (("rows", rows), ("prompts", prompts)):
+        _check_list(name, values)
     rows = [_checks.static_int("row", row, minimum=0) for row in rows]
     if rows and max(rows) >= cache.max_seqs:
         raise ValueError(f"row: must be below {cache.max_seqs}, got {max(rows)}")
     if len(set(rows)) < len(rows):
         raise ValueError(f"rows: expected different rows, got {rows}")
-    extra_keys = [None] * len(rows) if extra_keys is None else list(extra_keys)
+    extra_keys = [None] * len(rows) if extra_keys is None else _check_list("extra_keys", extra_keys)
     for name, values in (("prompts", prompts), ("extra_keys", extra_keys)):
         if len(values) != len(rows):
             raise ValueError(f"{name}: expected one for each of {len(rows)} rows, got {len(values)}")
     return rows, extra_keys
 
 
+def _check_list(name: str, values: Any) -> Any:
+    """A list or what serves as one."""
+    is_list = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
+    if not is_list and getattr(values, "ndim", 0) < 1:
+        raise TypeError(f"{name}: expected a sequence, got {_checks.describe(values)}")
+    return values
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}: expected a number or None, got {_checks.describe(value)}")
+
+
 def _set_time(draft: Draft, now: float | None) -> None:
     if now is not None:
+        _check_number("now", now)
         if not now >= draft.now or now == math.inf:
             raise ValueError(f"now: expected a finite time, {draft.now} or later, got {now}")
         draft.now = float(now)

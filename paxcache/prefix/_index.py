@@ -457,12 +457,6 @@ class Draft:
             orders.append((name, _tree.update(order, moves)))
         self.orders = tuple(orders)
 
-    def replace(self, old: Node, **changes: Any) -> Node:
-        """Stores a node with other fields."""
-        new = old._replace(**changes)
-        self.change([(old, new)])
-        return new
-
     def edge_of(self, node: Node) -> tuple[int, bytes, bytes]:
         """Where a node hangs."""
         return (node.parent, node.salt, page_tokens(node, 0, self.page_size))

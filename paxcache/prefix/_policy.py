@@ -57,7 +57,7 @@ def orders(policy: str) -> tuple[str, ...]:
     Raises:
       ValueError: there is no such policy.
     """
-    if policy not in POLICIES:
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
     return POLICIES[policy]
 
