@@ -85,7 +85,9 @@ def init(
         tables = jnp.full((B, M), NO_PAGE, jnp.int32)
         groups.append(GroupCache(Pages(k, v), tables, jnp.zeros(num_pages, jnp.int32), group.sliding_window))
         first += group.num_layers
-    return PagedKVCache(jnp.zeros(B, jnp.int32), tuple(groups), jnp.zeros(B, jnp.int32))
+    return PagedKVCache(
+        jnp.zeros(B, jnp.int32), tuple(groups), jnp.zeros(B, jnp.int32), jnp.zeros(2, jnp.uint32)
+    )
 
 
 def page_shapes(config: CacheConfig) -> tuple[Pages, ...]:
@@ -552,7 +554,7 @@ def _share(cache: PagedKVCache, parents: Int32[Array, "B"]) -> PagedKVCache:
         counts = _allocator.remap(group.block_tables, group.ref_counts, tables)
         groups.append(dataclasses.replace(group, block_tables=tables, ref_counts=counts))
     seq_lens, epochs = (jnp.where(empty, 0, x[at]) for x in (cache.seq_lens, row_epochs(cache)))
-    return PagedKVCache(seq_lens, tuple(groups), epochs)
+    return dataclasses.replace(cache, seq_lens=seq_lens, groups=tuple(groups), epochs=epochs)
 
 
 def truncate(cache: PagedKVCache, seq_lens: Int32[Array, "B"]) -> PagedKVCache:

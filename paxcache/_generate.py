@@ -182,28 +182,54 @@ def _sum_of_older(prompts: Int32[Array, "R"], values: Int32[Array, "R"]) -> Int3
 
 
 def _families(tokens: Int32[Array, "N L"], lens: Int32[Array, "N"], page_size: int) -> Int32[Array, "N"]:
-    """For each prompt the lowest one that begins with the same full page, itself if it has no more than a page."""
+    """For each prompt the lowest one that begins with the same full page, itself if it has no more than a page.
+
+    Sorted by a hash, such prompts are neighbours; where a hash stands for two pages, they may be more families than
+    need be, whose members do not know of each other.
+    """
     N = tokens.shape[0]
-    first = tokens[:, :page_size]
-    longer = lens > page_size
-    alike = (first[:, None, :] == first[None, :, :]).all(axis=-1) & longer[:, None] & longer[None, :]
-    return jnp.argmax(alike | jnp.eye(N, dtype=bool), axis=1).astype(jnp.int32)
+    prompts = jnp.arange(N, dtype=jnp.int32)
+    first, longer = tokens[:, :page_size], lens > page_size
+    weights = jnp.cumprod(jnp.full(first.shape[1], 0x01000193, jnp.uint32), dtype=jnp.uint32)
+    mixed = first.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+    hashes = ((mixed ^ mixed >> 15) * weights).sum(axis=1, dtype=jnp.uint32)
+    _, order = jax.lax.sort((hashes, prompts), num_keys=1)
+    alike = (first[order[1:]] == first[order[:-1]]).all(axis=1) & longer[order[1:]] & longer[order[:-1]]
+    begins = jax.lax.cummax(jnp.where(jnp.pad(alike, (1, 0)), 0, prompts))
+    return jnp.zeros(N, jnp.int32).at[order].set(order[begins])
 
 
-def _leaders(job: _Job, state: _State, waiting: Bool[Array, "N"]) -> Bool[Array, "N N"]:
-    """For each waiting prompt those that had better compute the first page which they share before it starts."""
+def _held_back(
+    job: _Job, state: _State, waiting: Bool[Array, "N"], computing: Bool[Array, "R"]
+) -> Bool[Array, "N"]:
+    """Waiting prompts that had better start when another one has computed the first page which both begin with.
+
+    That is asked of the R lowest families with such prompts. If none of their pages is stored, R others of them run
+    already or start now, and there is no lane for more.
+    """
     assert state.index is not None
     assert job.families is not None
-    N, S = state.tokens.shape[0], state.cache.page_size
-    width = min(S + 1, state.tokens.shape[1])
-    first = device.match(state.index, state.tokens[:, :width], jnp.minimum(state.num_tokens, width))
-    computing = (
-        jnp.zeros(N, bool).at[state.lane_prompts].set((state.wanted > 1) & ~state.starved, mode="drop")
-    )
-    prompts = jnp.arange(N, dtype=jnp.int32)
-    before = waiting[None, :] & (prompts[None, :] < prompts[:, None])
-    alike = job.families[:, None] == job.families[None, :]
-    return alike & (computing[None, :] | before) & (waiting & (first.num_tokens == 0))[:, None]
+    N, R = state.tokens.shape[0], state.lane_rows.shape[0]
+    family, prompts = job.families, jnp.arange(N, dtype=jnp.int32)
+
+    def lowest(where):  # by family
+        return jnp.full(N, N, jnp.int32).at[jnp.where(where, family, N)].min(prompts, mode="drop")
+
+    led = waiting & (_of_lanes(job, state, computing) | (lowest(waiting)[family] < prompts))
+    asking = led & (lowest(led)[family] == prompts)
+    turn = jnp.cumsum(asking, dtype=jnp.int32) - 1
+    asked = _scatter(R, N, asking & (turn < R), turn, prompts)
+    at = jnp.minimum(asked, N - 1)
+    found = device.match(state.index, state.tokens[at], state.num_tokens[at]).num_tokens > 0
+    stored = _scatter(N, False, found & (asked < N), family[at], found)
+    return led & ~stored[family]
+
+
+def _of_lanes(job: _Job, state: _State, lanes: Bool[Array, "R"]) -> Bool[Array, "N"]:
+    """Prompts of the same families as those of some lanes."""
+    assert job.families is not None
+    N = state.tokens.shape[0]
+    return _scatter(N, False, lanes, job.families[state.prompts], lanes)[job.families]
 
 
 def _admit(job: _Job, state: _State, *, chunk_size: int) -> tuple[_State, Bool[Array, ""]]:
@@ -217,10 +243,11 @@ def _admit(job: _Job, state: _State, *, chunk_size: int) -> tuple[_State, Bool[A
     cache, N, R = state.cache, state.tokens.shape[0], state.lane_rows.shape[0]
     seated = jnp.zeros(N, bool).at[state.lane_prompts].set(True, mode="drop")
     waiting = (state.reasons == StopReason.UNFINISHED) & ~seated
-    leaders = jnp.zeros((1, 1), bool)
+    held_back, computing = jnp.zeros(N, bool), (state.wanted > 1) & ~state.starved
     if state.index is not None:  # what is on the host comes back whole and waits for nobody's pages
-        leaders = _leaders(job, state, waiting if state.away is None else waiting & ~state.away)
-        waiting &= ~leaders.any(axis=1)
+        alone = waiting if state.away is None else waiting & ~state.away
+        held_back = _held_back(job, state, alone, computing)
+        waiting &= ~held_back
     idle = (state.lane_prompts == N) & (state.lane_rows < cache.max_seqs)
     turn, seat = jnp.cumsum(waiting, dtype=jnp.int32) - 1, jnp.cumsum(idle, dtype=jnp.int32) - 1
 
@@ -237,8 +264,8 @@ def _admit(job: _Job, state: _State, *, chunk_size: int) -> tuple[_State, Bool[A
         mapped = jnp.sum(mapped.at[state.lane_rows].get(mode="fill", fill_value=0), dtype=jnp.int32)
         free = (group.ref_counts == 0).sum(dtype=jnp.int32)
         if state.index is not None:  # pages that the index alone holds make way
-            stored = state.index.depths >= 0
-            free += (stored & (group.ref_counts[state.index.pages[g]] == 1)).sum(dtype=jnp.int32)
+            stored = device.held(cache, state.index)[g]
+            free += ((stored > 0) & (group.ref_counts == 1)).sum(dtype=jnp.int32)
         new = jnp.cumsum(jnp.where(waiting & (turn < R), pages, 0), dtype=jnp.int32)
         fits &= held + new <= free + mapped
     fits |= (turn == 0) & ~state.running.any()
@@ -246,10 +273,9 @@ def _admit(job: _Job, state: _State, *, chunk_size: int) -> tuple[_State, Bool[A
 
     next_prompts = _scatter(R, N, admitted, turn, jnp.arange(N, dtype=jnp.int32))
     lane_prompts = jnp.where(idle, next_prompts[jnp.maximum(seat, 0)], state.lane_prompts)
-    index = state.index
+    index, starts = state.index, idle & (lane_prompts < N)
     if index is not None:  # what is stored of a prompt is in its row from the start
         prompts = jnp.minimum(lane_prompts, N - 1)
-        starts = idle & (lane_prompts < N)
         if state.away is not None:
             starts &= ~state.away[prompts]
         rows = jnp.where(starts, state.lane_rows, -1)
@@ -257,8 +283,9 @@ def _admit(job: _Job, state: _State, *, chunk_size: int) -> tuple[_State, Bool[A
     state = dataclasses.replace(
         state, cache=cache, index=index, lane_prompts=lane_prompts, starved=state.starved & ~idle
     )
-    seated = jnp.zeros(N, bool).at[lane_prompts].set(True, mode="drop")
-    return state, (leaders & seated).any()
+    if index is None:
+        return state, jnp.bool_(False)
+    return state, (held_back & _of_lanes(job, state, computing | starts)).any()
 
 
 def _ask(state: _State, *, num_tokens: int) -> Int32[Array, "R"]:
@@ -344,6 +371,16 @@ def _step(model_fn: ModelFn, params: Any, job: _Job, state: _State, *, num_token
     )
 
 
+def _publish(state: _State) -> _State:
+    """Offers what lanes have computed to later prompts."""
+    if state.index is None:
+        return state
+    rows = jnp.where(state.lane_prompts < state.tokens.shape[0], state.lane_rows, -1)
+    tokens = state.tokens[state.prompts]
+    cache, index, _ = device.publish(state.cache, state.index, rows, tokens, state.cached)
+    return dataclasses.replace(state, cache=cache, index=index)
+
+
 def _retire(state: _State) -> _State:
     """Empties the rows of prompts that stopped; if nobody advanced, stops or preempts the youngest prompt.
 
@@ -363,14 +400,10 @@ def _retire(state: _State) -> _State:
     else:
         leaving = jnp.where(preempted, youngest, R)
     rows = jnp.zeros(B, bool).at[state.lane_rows].set(leaves, mode="drop")
-    cache, index = state.cache, state.index
-    if index is not None:  # also of rows that go on, so that the next prompts find it
-        published = jnp.where(state.lane_prompts < N, state.lane_rows, -1)
-        cache, index, _ = device.publish(cache, index, published, state.tokens[state.prompts], state.cached)
+    state = _publish(state)  # also of rows that go on, so that the next prompts find it
     return dataclasses.replace(
         state,
-        cache=release(cache, rows),
-        index=index,
+        cache=release(state.cache, rows),
         reasons=reasons,
         lane_prompts=jnp.where(leaves, N, state.lane_prompts),
         starved=state.starved & ~leaves,
@@ -390,6 +423,8 @@ def _advance(
     Lanes are handed out and rows emptied only in the outer loop: an ordinary step pays for neither.
     """
     run = functools.partial(_step, model_fn, params, job)
+    # Pages left of a window are gone with the next step: of prompts, what is not offered before it is lost.
+    offer = _publish if any(g.sliding_window is not None for g in state.cache.groups) else lambda state: state
 
     def goes_on(state):
         return (state.num_steps < until) & ~state.changed & ~state.waits_for_host
@@ -400,7 +435,7 @@ def _advance(
     def cycle(state):
         state, others_wait = _admit(job, state, chunk_size=chunk_size)
         state = jax.lax.while_loop(
-            lambda s: goes_on(s) & has_chunks(s), functools.partial(run, num_tokens=chunk_size), state
+            lambda s: goes_on(s) & has_chunks(s), lambda s: offer(run(s, num_tokens=chunk_size)), state
         )
         state = jax.lax.while_loop(
             lambda s: goes_on(s) & s.running.any() & ~has_chunks(s) & ~others_wait,
@@ -662,6 +697,10 @@ def _prepare(
     _checks.instance("sampling", sampling, Sampling)
     if index is not None:
         _checks.instance("index", index, device.DeviceIndex, source="prefix.device.init")
+        if not _checks.is_traced(cache, index) and not device.belongs(cache, index):
+            raise ValueError(
+                "index: the pages it holds are not this cache's: go on with the pair that the last call returned"
+            )
     swaps = None
     if host_pages is not None:
         if _checks.is_traced(params, cache, prompts, prompt_lens, limits):

@@ -28,7 +28,7 @@ from jax.core import Tracer
 from paxcache._quantize import FORMATS
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Int32
+    from jaxtyping import Array, Bool, Int32, UInt32
 
     from paxcache._quantize import Quantization, Scales
 
@@ -344,6 +344,9 @@ class PagedKVCache:
     """By row, 1 plus the epoch of the weights in which `prefix.admit` began it, which its forks inherit; 0: it was not
     admitted; below 0: a mark of its own until pages that it waits for have landed (`offload.begin_resume`). None, in a
     cache put together by hand: none was."""
+    holdings: UInt32[Array, "2"] | None = None
+    """Opaque: a checksum of the pages that a prefix index holds, by which the two know each other. None, in a cache put
+    together by hand: nothing is checked."""
 
     @property
     def max_seqs(self) -> int:

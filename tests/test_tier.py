@@ -666,22 +666,6 @@ def test_events_and_worth():
     assert {(n.priority, n.expires) for n, _ in path[-1:]} <= {(n.priority, n.expires) for n, _ in path[:1]}
 
 
-def test_entries_that_the_caller_moved_are_left_alone():
-    w = tiered()
-    w.serve(0, range(16))
-    w.write_through(range(16))
-    elsewhere = [prefix.Place(prefix.Tier.STORAGE, (7,), False), prefix.Place(prefix.Tier.DEVICE, (9,), True)]
-    w.cache, w.index = prefix.move(w.cache, w.index, range(16), 2, elsewhere)
-    w.write_through(range(16), [*range(16), 5])
-    assert w.reusable(range(17)) == 8 and w.prefetch(range(17)) == 0
-    assert w.evict(100) == 0  # the last page is in flight
-    landed = [elsewhere[1]._replace(in_flight=False)]
-    w.cache, w.index = prefix.move(w.cache, w.index, range(16), 3, landed)
-    assert w.evict(100) == 3
-    assert w.prefetch(range(17)) == 4 and w.tier.traffic.pages_written == 4
-    w.check()
-
-
 def test_versions_may_be_used_by_many_threads():
     w = tiered(num_host=6)
     for n in range(3):

@@ -367,8 +367,8 @@ def swap_in(
 ) -> tuple[PagedKVCache, tuple[Int32[Array, "N"], ...], Bool[Array, ""]]:
     """Copies an extent's pages into free pages, or into given ones; all of them in all groups or none.
 
-    Each page that was free comes with one reference, which is the caller's: give it back with `drop`. Given pages keep
-    the references that they have, and layers that the extent does not hold stay as they are.
+    Each page that was free comes with one reference, which is the caller's: hand the pages on, then give them back with
+    `drop`. Given pages keep the references that they have, and layers that the extent does not hold stay as they are.
 
     The transfer is part of the program that writes the pools, which a caller's jit may donate to it; what is launched
     after it waits for the link. `begin_swap_in` spreads that over the layers of a model.

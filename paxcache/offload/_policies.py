@@ -19,7 +19,7 @@ from paxcache._types import NO_PAGE, PagedKVCache, Pages
 from paxcache.offload import _pages, _tier
 from paxcache.offload._tier import HostTier
 from paxcache.prefix import _host, _index, _integers, _keys, _policy, _tree
-from paxcache.prefix._index import Index, Node, Tier
+from paxcache.prefix._index import Index, Node
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -77,11 +77,10 @@ def _check_list(name: str, values: Any) -> Sequence[Any]:
 
 
 def _pages_of(node: Node, pages: Iterable[int]) -> Iterable[Item]:
-    """Those of a run's pages, given by their places in it, that lie on the device."""
+    """A run's pages, given by their places in it."""
     run, table, size = node.run, node.run.table, _keys.KEY_BYTES
     for page in pages:
-        if run.where[page] == Tier.DEVICE:
-            yield run.keys[page * size : (page + 1) * size], table[page]
+        yield run.keys[page * size : (page + 1) * size], table[page]
 
 
 # Write policies.
@@ -123,7 +122,9 @@ def evict(
     _check(cache, index, tier)
     _check_eviction(index, policy, now)
     num_pages = _checks.static_int("num_pages", num_pages, minimum=0)
-    return _evict(cache, index, tier, [num_pages] * len(cache.groups), policy, now, implementation)
+    needs = [num_pages] * len(cache.groups)
+    cache, index, tier, freed = _evict(cache, index, tier, needs, policy, now, implementation)
+    return cache, index, tier, min(freed)
 
 
 def make_room(
@@ -168,16 +169,18 @@ def make_room(
     _check(cache, index, tier)
     _check_eviction(index, policy, now)
     missing = _integers.shortfall(cache, query_lens, num_tokens=num_tokens, max_query_len=max_query_len)
-    return _evict(cache, index, tier, np.asarray(missing).tolist(), policy, now, implementation)
+    needs = np.asarray(missing).tolist()
+    cache, index, tier, freed = _evict(cache, index, tier, needs, policy, now, implementation)
+    return cache, index, tier, max(freed)
 
 
 def _evict(cache, index, tier, needs, policy, now, implementation):
     left, index, freed, gone = _host._evict(cache, index, needs, policy, now)
     items = (
         item
-        for leaf, pages in gone
-        if leaf.epoch == index.epoch
-        for item in _pages_of(leaf, reversed(range(leaf.end - pages, leaf.end)))
+        for some in gone
+        if some.node.epoch == index.epoch
+        for item in zip(reversed(_keys.split_keys(some.keys)), reversed(some.ids), strict=True)
     )
     return left, index, _tier.store(cache, tier, items, index.epoch, implementation), freed
 
@@ -280,11 +283,9 @@ def _find(index: Index, tier: HostTier, prompt: Prompt) -> _Found:
     S, G, draft = index.page_size, len(index.windows), _tier.Draft(tier)
     none: Slots = (None,) * G
     path = _index.walk(index, prompt).path
-    ids, where = _host._places(index, path)
     most = min(prompt.num_pages, index.max_pages)
-    here = where[:most] == Tier.DEVICE
-    num_device = len(here) if here.all() else int(here.argmin())
-    ids = ids[:num_device]
+    ids = _host._ids(index, path)[:most]
+    num_device = len(ids)
     size = _keys.KEY_BYTES
     keys = b"".join(
         node.run.keys[node.start * size : (node.start + count) * size]
@@ -301,17 +302,16 @@ def _find(index: Index, tier: HostTier, prompt: Prompt) -> _Found:
         if (ids[page] == NO_PAGE).any():
             slots[page] = draft.slots(keys[page])
 
-    if num_device == len(where[:most]):  # not where the index has it in another tier of the caller's
-        for page in range(num_device, most):
-            parent = keys[-1] if keys else _keys.root_key(prompt)
-            key = _keys.chain(prompt._replace(num_tokens=(page + 1) * S), page, parent)
-            entry = _tree.get(tier.entries, key)
-            if entry is None or any(
-                s is None and w is None for s, w in zip(entry.slots, index.windows, strict=True)
-            ):
-                break
-            keys.append(key)
-            slots.append(entry.slots)
+    for page in range(num_device, most):
+        parent = keys[-1] if keys else _keys.root_key(prompt)
+        key = _keys.chain(prompt._replace(num_tokens=(page + 1) * S), page, parent)
+        entry = _tree.get(tier.entries, key)
+        if entry is None or any(
+            s is None and w is None for s, w in zip(entry.slots, index.windows, strict=True)
+        ):
+            break
+        keys.append(key)
+        slots.append(entry.slots)
     on_host = np.full((len(keys) - num_device, G), NO_PAGE, np.int32)
     return _Found(num_device, device_len, keys, np.concatenate([ids, on_host]), slots)
 
@@ -361,7 +361,7 @@ def match(
     """
     _check_stores(index, tier)
     prompt = _host._prompt(index, tokens, extra_key)
-    here = _host._match(index, prompt, limit=max(prompt.num_tokens - 1, 0), partial=True, device_only=True)
+    here = _host._match(index, prompt, limit=max(prompt.num_tokens - 1, 0), partial=True)
     return max(here.num_tokens, _needed(index, prompt, _find(index, tier, prompt), math.inf)[0])
 
 
@@ -459,7 +459,7 @@ def prefetch(
     taken: list[list[int]] = [[] for _ in cache.groups]
     stored = prompt._replace(num_tokens=len(table) * index.page_size)
     _host._publish(draft, stored, table, taken, worth, extra_key)
-    cache = _integers.add_references(_pages.with_pages(cache, tuple(pools)), taken, 1)
+    cache = _integers.add_references(_pages.with_pages(cache, tuple(pools)), taken, 1, draft.holdings)
     return cache, draft.done(), tier_draft.done(), int(need.any(axis=1).sum())
 
 
