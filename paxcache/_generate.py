@@ -17,6 +17,7 @@ ends when pages are to be moved, the host moves them, and the same program goes 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
 import functools
@@ -30,13 +31,21 @@ import numpy as np
 from paxcache import _checks, offload
 from paxcache._allocator import cdiv, idle_rows
 from paxcache._cache import extend, release
-from paxcache._sampling import Rules, Sampling, log_probability, per_prompt, resolve, sample
-from paxcache._types import INT32_MAX, PagedKVCache
+from paxcache._sampling import (
+    Rules,
+    Sampling,
+    is_distribution,
+    log_probability,
+    per_prompt,
+    resolve,
+    sample,
+)
+from paxcache._types import INT32_MAX, PagedKVCache, Step
 from paxcache.offload import _rows
 from paxcache.prefix import device
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float32, Int32
+    from jaxtyping import Array, Bool, Float, Float32, Int32
 
 type ModelFn = Callable[..., tuple[jax.Array, PagedKVCache]]
 """``model_fn(params, tokens i32[T], cache, step, logits_at i32[R]) -> (logits [R, V], cache)``, see `generate`."""
@@ -62,7 +71,10 @@ class StopReason(enum.IntEnum):
     NO_ROW = 5
     """The cache had no idle row to run it in."""
     INVALID = 6
-    """Its (traced) length was below 1 or above the width of the prompts."""
+    """It was traced, and its length was below 1 or above the width of the prompts, or a token id below 0."""
+    BAD_LOGITS = 7
+    """The model gave it logits that are no distribution: NaN or inf among them, or all of them -inf. The tokens that it
+    had stay."""
 
 
 @jax.tree_util.register_dataclass
@@ -289,7 +301,7 @@ def _grant(state: _State, asked: Int32[Array, "R"]) -> Int32[Array, "R"]:
 
 def _step(model_fn: ModelFn, params: Any, job: _Job, state: _State, *, num_tokens: int) -> _State:
     """Computes the lanes' next tokens, `num_tokens` at most, and samples where a lane has computed all it has."""
-    B, N, R = state.cache.max_seqs, state.tokens.shape[0], state.lane_rows.shape[0]
+    B, N = state.cache.max_seqs, state.tokens.shape[0]
     wanted, prompts = state.wanted, state.prompts
     asked = _ask(state, num_tokens=num_tokens)
 
@@ -307,9 +319,7 @@ def _step(model_fn: ModelFn, params: Any, job: _Job, state: _State, *, num_token
     tokens = state.tokens[prompt_of_row[jnp.minimum(step.rows, B - 1)], step.positions]
     tokens = jnp.where(step.rows < B, tokens, 0)
     logits_at = jnp.where(computed > 0, step.query_starts[rows] + computed - 1, 0)
-    logits, cache = model_fn(params, tokens, cache, step, logits_at)
-    if logits.ndim != 2 or logits.shape[0] != R:
-        raise ValueError(f"model_fn: expected logits [R={R}, V], got {_checks.describe(logits)}")
+    logits, cache = _called(model_fn, params, tokens, cache, step, logits_at)
 
     totals = state.num_tokens[prompts]
     done = (computed > 0) & (computed == wanted)
@@ -318,7 +328,8 @@ def _step(model_fn: ModelFn, params: Any, job: _Job, state: _State, *, num_token
     chosen = sample(
         logits, rules, seeds=job.seeds[prompts], positions=totals, tokens=history, num_tokens=totals
     )
-    at = jnp.where(done, prompts, N)
+    drawn = done & is_distribution(logits, rules, chosen)
+    at = jnp.where(drawn, prompts, N)
     logprobs = state.logprobs
     if logprobs is not None:
         values = log_probability(logits, chosen)
@@ -328,20 +339,52 @@ def _step(model_fn: ModelFn, params: Any, job: _Job, state: _State, *, num_token
     reason = jnp.where(totals + 1 > row_capacity, StopReason.ROW_FULL, StopReason.UNFINISHED)
     reason = jnp.where(totals + 1 >= job.limits[prompts], StopReason.LENGTH, reason)
     is_stop = (chosen[:, None] == job.stop_tokens[prompts]).any(axis=1)
-    reason = jnp.where(is_stop, StopReason.STOP_TOKEN, reason).astype(jnp.int32)
+    reason = jnp.where(is_stop, StopReason.STOP_TOKEN, reason)
+    reason = jnp.where(drawn, reason, StopReason.BAD_LOGITS).astype(jnp.int32)
     stalled = ~(computed > 0).any()
     return dataclasses.replace(
         state,
         cache=cache,
         tokens=state.tokens.at[at, totals].set(chosen, mode="drop"),
         num_tokens=state.num_tokens.at[at].add(1, mode="drop"),
-        reasons=state.reasons.at[at].set(reason, mode="drop"),
+        reasons=state.reasons.at[jnp.where(done, prompts, N)].set(reason, mode="drop"),
         logprobs=logprobs,
         starved=jnp.where(asked > 0, computed < asked, state.starved),
         stalled=stalled,
         changed=stalled | (done & (reason != StopReason.UNFINISHED)).any(),
         num_steps=state.num_steps + 1,
     )
+
+
+def _called(
+    model_fn: ModelFn,
+    params: Any,
+    tokens: Int32[Array, "T"],
+    cache: PagedKVCache,
+    step: Step,
+    logits_at: Int32[Array, "R"],
+) -> tuple[Float[Array, "R V"], PagedKVCache]:
+    """What the model gives, checked: errors of the loop that carries the cache would not say whose fault it is."""
+    R = logits_at.shape[0]
+    result = model_fn(params, tokens, cache, step, logits_at)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"model_fn: expected (logits, cache), got {_checks.describe(result)}")
+    logits, new = result
+    if not isinstance(logits, jax.Array) or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"model_fn: expected floating logits [R={R}, V], got {_checks.describe(logits)}")
+    if logits.ndim != 2 or logits.shape[0] != R or logits.shape[1] == 0:
+        raise ValueError(f"model_fn: expected logits [R={R}, V], got {_checks.describe(logits)}")
+    if jax.tree.structure(new) != jax.tree.structure(cache):
+        raise TypeError(
+            f"model_fn: expected the cache that it was given as second result, got {type(new).__name__}"
+        )
+    for old, leaf in zip(jax.tree.leaves(cache), jax.tree.leaves(new), strict=True):
+        if old.shape != leaf.shape or old.dtype != leaf.dtype:
+            raise ValueError(
+                f"model_fn: expected a cache with the shapes and dtypes of the one that it was given, got "
+                f"{_checks.describe(leaf)} for {_checks.describe(old)}"
+            )
+    return logits, new
 
 
 def _retire(state: _State) -> _State:
@@ -365,7 +408,8 @@ def _retire(state: _State) -> _State:
     rows = jnp.zeros(B, bool).at[state.lane_rows].set(leaves, mode="drop")
     cache, index = state.cache, state.index
     if index is not None:  # also of rows that go on, so that the next prompts find it
-        published = jnp.where(state.lane_prompts < N, state.lane_rows, -1)
+        sound = (state.lane_prompts < N) & (reasons[state.prompts] != StopReason.BAD_LOGITS)
+        published = jnp.where(sound, state.lane_rows, -1)
         cache, index, _ = device.publish(cache, index, published, state.tokens[state.prompts], state.cached)
     return dataclasses.replace(
         state,
@@ -494,7 +538,9 @@ def _start(
     reasons = jnp.where(idle.any(), StopReason.UNFINISHED, StopReason.NO_ROW)
     reasons = jnp.where(lens > cache.max_pages_per_seq * cache.page_size, StopReason.ROW_FULL, reasons)
     reasons = jnp.where(job.limits <= lens, StopReason.LENGTH, reasons)
-    reasons = jnp.where((lens < 1) | (lens > width), StopReason.INVALID, reasons).astype(jnp.int32)
+    is_text = jnp.arange(width, dtype=jnp.int32)[None, :] < lens[:, None]
+    invalid = (lens < 1) | (lens > width) | (is_text & (prompts < 0)).any(axis=1)
+    reasons = jnp.where(invalid, StopReason.INVALID, reasons).astype(jnp.int32)
     return (
         jnp.pad(prompts, ((0, 0), (0, max_new_tokens))),
         jnp.copy(lens),
@@ -577,25 +623,12 @@ def _padded_size(size: int, *, minimum: int) -> int:
 def _read_prompts(prompts: Any, prompt_lens: Any) -> tuple[Int32[Array, "N L"], Int32[Array, "N"]]:
     """Prompts as a padded array and lengths."""
     if isinstance(prompts, (jax.Array, np.ndarray)):
-        tokens = _checks.int_array("prompts", prompts, "N L")
-        N, width = tokens.shape
-        if N == 0 or width == 0:
-            raise ValueError(
-                f"prompts: expected at least one prompt and token, got {_checks.describe(tokens)}"
-            )
-        lens = per_prompt("prompt_lens", width if prompt_lens is None else prompt_lens, N, jnp.int32)
-        if not _checks.is_traced(lens):
-            wrong = np.flatnonzero((np.asarray(lens) < 1) | (np.asarray(lens) > width))
-            if wrong.size:
-                raise ValueError(
-                    f"prompt_lens: expected 1 to {width}, got {int(lens[wrong[0]])} for prompt {wrong[0]}"
-                )
-        return tokens, lens
+        return _read_padded(prompts, prompt_lens)
     if prompt_lens is not None:
         raise TypeError(
             "prompt_lens goes with prompts given as one padded array; lists have lengths of their own"
         )
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
         raise TypeError(
             f"prompts: expected lists of token ids, or an array [N, L], got {type(prompts).__name__}"
         )
@@ -608,34 +641,95 @@ def _read_prompts(prompts: Any, prompt_lens: Any) -> tuple[Int32[Array, "N L"], 
     return jnp.asarray(padded), jnp.asarray([len(p) for p in lists], jnp.int32)
 
 
+def _read_padded(prompts: Any, prompt_lens: Any) -> tuple[Int32[Array, "N L"], Int32[Array, "N"]]:
+    tokens = _checks.integers("prompts", prompts)
+    if tokens.ndim != 2:
+        raise ValueError(f"prompts: expected shape [N, L], got {_checks.describe(tokens)}")
+    N, width = tokens.shape
+    if N == 0 or width == 0:
+        raise ValueError(f"prompts: expected at least one prompt and token, got {_checks.describe(tokens)}")
+    lens = per_prompt(
+        "prompt_lens", _checks.integers("prompt_lens", width if prompt_lens is None else prompt_lens), N
+    )
+    if not _checks.is_traced(lens):
+        known = np.asarray(lens)
+        for n in np.flatnonzero((known < 1) | (known > width))[:1]:
+            raise ValueError(f"prompt_lens: expected 1 to {width}, got {known[n]} for prompt {n}")
+    if not _checks.is_traced(tokens, lens):
+        is_text = np.arange(width) < np.asarray(lens)[:, None]
+        lowest = np.where(is_text, np.asarray(tokens), 0).min(axis=1)
+        for n in np.flatnonzero(lowest < 0)[:1]:
+            raise ValueError(f"prompts[{n}]: token ids must lie in [0, 2**31), got {lowest[n]}")
+    return jnp.asarray(tokens), jnp.asarray(lens)
+
+
 def _read_prompt(index: int, prompt: Any) -> np.ndarray:
-    if isinstance(prompt, str):
-        raise TypeError(f"prompts[{index}]: expected token ids, got text; encode it with a tokenizer first")
-    ids = np.asarray(prompt)
+    name = f"prompts[{index}]"
+    if isinstance(prompt, (str, bytes)):
+        raise TypeError(f"{name}: expected token ids, got text; encode it with a tokenizer first")
+    if _checks.is_traced(prompt):
+        raise TypeError(f"{name}: is traced; inside jit prompts are one array [N, L], with prompt_lens")
+    try:
+        ids = np.asarray(prompt)
+    except ValueError as error:  # lists of unequal lengths
+        raise TypeError(f"{name}: expected a list of integers, got {prompt!r}") from error
     if ids.size == 0:
-        raise ValueError(f"prompts[{index}]: expected at least one token, got none")
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise TypeError(f"prompts[{index}]: expected a list of integers, got {_checks.describe(ids)}")
+        raise ValueError(f"{name}: expected at least one token, got none")
+    past_int64 = ids.dtype == object and all(isinstance(i, int) for i in ids.flat)
+    if ids.ndim != 1 or not (past_int64 or np.issubdtype(ids.dtype, np.integer)):
+        raise TypeError(f"{name}: expected a list of integers, got {_checks.describe(prompt)}")
     if ids.min() < 0 or ids.max() > INT32_MAX:
-        raise ValueError(
-            f"prompts[{index}]: token ids must lie in [0, 2**31), got {ids.min()} to {ids.max()}"
-        )
+        raise ValueError(f"{name}: token ids must lie in [0, 2**31), got {ids.min()} to {ids.max()}")
     return ids
+
+
+def _read_limits(limits: Any, num_prompts: int, max_new_tokens: int) -> Int32[Array, "N"]:
+    """Most new tokens of each prompt. Traced ones are cut to the range, since nothing can raise."""
+    given = _checks.integers("limits", max_new_tokens if limits is None else limits)
+    if not _checks.is_traced(given) and given.size:
+        low, high = int(np.min(given)), int(np.max(given))
+        if low < 0 or high > max_new_tokens:
+            raise ValueError(f"limits: expected 0 to max_new_tokens={max_new_tokens}, got {low} to {high}")
+    return jnp.clip(jnp.asarray(per_prompt("limits", given, num_prompts)), 0, max_new_tokens)
 
 
 def _read_stop_tokens(stop_tokens: Any, num_prompts: int) -> Int32[Array, "N E"]:
     """Stop tokens as one row a prompt."""
-    if isinstance(stop_tokens, (int, np.integer)):
-        stop_tokens = [stop_tokens]
-    if isinstance(stop_tokens, Sequence):
-        if not any(isinstance(ids, Sequence) for ids in stop_tokens):
-            stop_tokens = [stop_tokens] * num_prompts
-        width = _padded_size(max(map(len, stop_tokens)), minimum=4)
-        stop_tokens = [[*ids, *[-1] * (width - len(ids))] for ids in stop_tokens]
-    if np.ndim(stop_tokens) == 1:
-        ids = _checks.int_array("stop_tokens", stop_tokens, "E")
-        return jnp.broadcast_to(ids[None, :], (num_prompts, ids.shape[0]))
-    return _checks.int_array("stop_tokens", stop_tokens, "N E", N=num_prompts)
+
+    def is_row(ids):
+        return getattr(ids, "ndim", 0) > 0 or isinstance(ids, (list, tuple))
+
+    expected = f"stop_tokens: expected token ids, or a row of them for each of N={num_prompts} prompts"
+    if isinstance(stop_tokens, (list, tuple)):
+        if any(map(is_row, stop_tokens)):
+            if not all(map(is_row, stop_tokens)):
+                raise TypeError(f"{expected}, got {stop_tokens!r}")
+            rows = [_read_stop_row(f"stop_tokens[{n}]", ids, 1) for n, ids in enumerate(stop_tokens)]
+        else:
+            rows = [_read_stop_row("stop_tokens", stop_tokens, 1)]
+        width = _padded_size(max(row.size for row in rows), minimum=4)
+        ids = jnp.stack([jnp.pad(row, (0, width - row.size), constant_values=-1) for row in rows])
+        shared = not any(map(is_row, stop_tokens))
+    else:
+        ids = jnp.asarray(_read_stop_row("stop_tokens", stop_tokens, 2))
+        shared = ids.ndim < 2
+    if shared:
+        return jnp.broadcast_to(ids.reshape(-1), (num_prompts, ids.size))
+    if ids.shape[0] != num_prompts:
+        raise ValueError(f"{expected}, got {len(ids)} rows")
+    return ids
+
+
+def _read_stop_row(name: str, ids: Any, most_axes: int) -> np.ndarray | jax.Array:
+    """Token ids, -1 for padding."""
+    ids = _checks.integers(name, ids)
+    if ids.ndim > most_axes:
+        raise ValueError(
+            f"{name}: expected token ids with {most_axes} axes at most, got {_checks.describe(ids)}"
+        )
+    if not _checks.is_traced(ids) and ids.size and np.min(ids) < -1:
+        raise ValueError(f"{name}: expected token ids, or -1 for padding, got {np.min(ids)}")
+    return ids
 
 
 def _prepare(
@@ -658,13 +752,22 @@ def _prepare(
     """Checks a request and makes its first state. Changes and donates nothing."""
     if not callable(model_fn):
         raise TypeError(f"model_fn: expected a function, got {model_fn!r}")
+    try:
+        hash(model_fn)
+    except TypeError as error:
+        raise TypeError(
+            f"model_fn: expected a function with a hash, by which its programs are found, got {model_fn!r}"
+        ) from error
     _checks.instance("cache", cache, PagedKVCache)
     _checks.instance("sampling", sampling, Sampling)
     if index is not None:
         _checks.instance("index", index, device.DeviceIndex, source="prefix.device.init")
+    _check_alive(cache=cache, index=index)
+    return_logprobs = _checks.static_bool("return_logprobs", return_logprobs)
     swaps = None
+    values = (params, cache, index, prompts, prompt_lens, limits, stop_tokens, seeds, vars(sampling))
     if host_pages is not None:
-        if _checks.is_traced(params, cache, prompts, prompt_lens, limits):
+        if _checks.is_traced(*values):
             raise TypeError(
                 "host_pages: the host moves pages between runs of the program, which jit has no place for"
             )
@@ -680,15 +783,14 @@ def _prepare(
     else:
         # A wide step must hold one token of every lane, so that no prompt waits for another's decoding.
         chunk_size = _checks.static_int("chunk_size", chunk_size, minimum=num_lanes)
-    extra = per_prompt("limits", max_new_tokens if limits is None else limits, N, jnp.int32)
-    if limits is not None and not _checks.is_traced(extra):
-        low, high = int(extra.min()), int(extra.max())
-        if low < 0 or high > max_new_tokens:
-            raise ValueError(f"limits: expected 0 to max_new_tokens={max_new_tokens}, got {low} to {high}")
+        if chunk_size > INT32_MAX:
+            raise ValueError(f"chunk_size must fit int32, got {chunk_size}")
+    extra = _read_limits(limits, N, max_new_tokens)
+    given_seeds = _checks.integers("seeds", np.arange(N, dtype=np.int32) if seeds is None else seeds)
     job = _Job(
         prompt_lens=lens,
-        limits=lens + jnp.clip(extra, 0, max_new_tokens),
-        seeds=per_prompt("seeds", jnp.arange(N, dtype=jnp.int32) if seeds is None else seeds, N, jnp.int32),
+        limits=lens + extra,
+        seeds=jnp.asarray(per_prompt("seeds", given_seeds, N)),
         stop_tokens=_read_stop_tokens(stop_tokens, N),
         rules=resolve(sampling, N),
         families=None if index is None else _families(tokens, lens, cache.page_size),
@@ -705,6 +807,21 @@ def _prepare(
     if swaps is not None:
         state, swaps.host = _committed((state, swaps.host))
     return _Program(model_fn, params, job, state, chunk_size, max_new_tokens, swaps)
+
+
+def _is_deleted(tree: Any) -> bool:
+    """Whether a call took some of the buffers."""
+    return any(
+        isinstance(leaf, jax.Array) and not _checks.is_traced(leaf) and leaf.is_deleted()
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _check_alive(**trees: Any) -> None:
+    """Refuses values whose buffers an earlier call took."""
+    for name, tree in trees.items():
+        if _is_deleted(tree):
+            raise ValueError(f"{name}: was donated to an earlier call; go on with the one that came back")
 
 
 def _committed(tree: Any) -> Any:
@@ -810,7 +927,7 @@ def generate(
         "return_logprobs": return_logprobs,
         "host_pages": host_pages,
     }
-    if progress:
+    if _checks.static_bool("progress", progress):
         with stream(model_fn, params, cache, prompts, **arguments, progress=True) as tokens:
             for _ in tokens:
                 pass
@@ -824,16 +941,24 @@ class Stream(Iterator[tuple[int, list[int]]]):
 
     The program runs when the next item is asked for, a segment at a time. `close`, or leaving a ``with`` block, ends it
     at any point: its rows are emptied and `result` holds what there is.
+
+    An error in the model ends it too. The cache was donated to the program that failed, so it is lost with it: there
+    is no result then, and whatever is asked of the stream later names the first error as its cause.
     """
 
     def __init__(self, program: _Program, *, interval: int, progress: bool):
         """Use `stream`."""
         self._program = program
-        self._state = program.state
+        self._state: _State | None = program.state
         self._interval = interval
-        self._ended = False
+        self._num_steps = 0
+        self._limits = np.asarray(program.job.limits) - np.asarray(program.job.prompt_lens)
+        self._sent = np.zeros(self._limits.size, np.int32)
+        self._items: collections.deque[tuple[int, list[int]]] = collections.deque()
+        self._finished = False  # no prompt has more to come
+        self._closed = False
+        self._error: BaseException | None = None
         self._bar = _checks.import_tqdm()(unit=" tokens") if progress else None
-        self._items = self._run()
 
     def __iter__(self) -> Stream:
         """Itself."""
@@ -841,13 +966,14 @@ class Stream(Iterator[tuple[int, list[int]]]):
 
     def __next__(self) -> tuple[int, list[int]]:
         """The number of a prompt and its tokens since the last time."""
-        if self._ended:
-            raise StopIteration
-        try:
-            return next(self._items)
-        except StopIteration:
+        while not self._items and not self._finished and not self._closed:
+            self._run_segment()
+        if self._error is not None:
+            raise RuntimeError("generation failed; the first error is the cause of this one") from self._error
+        if self._closed or not self._items:
             self.close()
-            raise
+            raise StopIteration
+        return self._items.popleft()
 
     def __enter__(self) -> Stream:
         """Itself; `close` is called at the end of the block."""
@@ -857,29 +983,36 @@ class Stream(Iterator[tuple[int, list[int]]]):
         """Closes the stream."""
         self.close()
 
-    def _run(self) -> Iterator[tuple[int, list[int]]]:
-        limits = np.asarray(self._program.job.limits) - np.asarray(self._program.job.prompt_lens)
-        sent, until = np.zeros(limits.size, np.int32), 0
-        running = True
-        while running:
-            until += self._interval
-            self._state = self._program.advance(self._state, until)
+    def _run_segment(self) -> None:
+        """Makes some steps and reads what they gave."""
+        assert self._state is not None
+        self._num_steps += self._interval
+        try:
+            self._state = self._program.advance(self._state, self._num_steps)
             tokens, lengths = map(np.asarray, self._program.tokens(self._state))
             unfinished = np.asarray(self._state.reasons) == StopReason.UNFINISHED
-            running = bool(unfinished.any())
-            if self._bar is not None:
-                self._bar.total = int(np.where(unfinished, limits, lengths).sum())
-                self._bar.update(int((lengths - sent).sum()))
-            for prompt in np.flatnonzero(lengths > sent):
-                new = tokens[prompt, sent[prompt] : lengths[prompt]].tolist()
-                sent[prompt] = lengths[prompt]
-                yield int(prompt), new
+        except BaseException as error:
+            if isinstance(error, Exception) or _is_deleted(self._state):
+                self._fail(error)
+            raise  # after an interrupt with the state at hand, the stream can go on or be closed
+        self._finished = not unfinished.any()
+        if self._bar is not None:
+            self._bar.total = int(np.where(unfinished, self._limits, lengths).sum())
+            self._bar.update(int((lengths - self._sent).sum()))
+        for prompt in np.flatnonzero(lengths > self._sent):
+            self._items.append((int(prompt), tokens[prompt, self._sent[prompt] : lengths[prompt]].tolist()))
+        self._sent = lengths
+
+    def _fail(self, error: BaseException) -> None:
+        self._error, self._closed, self._state = error, True, None
+        if self._bar is not None:
+            self._bar.close()
 
     def close(self) -> None:
         """Ends generation: empties the rows that it uses and leaves the rest to `result`. Closing twice is fine."""
-        if self._ended:
+        if self._closed or self._state is None:
             return
-        self._ended = True
+        self._closed = True
         if self._bar is not None:
             self._bar.close()
         B = self._state.cache.max_seqs
@@ -891,9 +1024,13 @@ class Stream(Iterator[tuple[int, list[int]]]):
         """The `Generation`, once the stream is exhausted or closed.
 
         Raises:
-          RuntimeError: generation is still under way.
+          RuntimeError: generation is still under way, or failed.
         """
-        if not self._ended:
+        if self._error is not None:
+            raise RuntimeError(
+                "generation failed and its cache is lost; begin with a new one"
+            ) from self._error
+        if not self._closed or self._state is None:
             raise RuntimeError("generation is under way: exhaust the stream or close() it, then read result")
         return self._program.result(self._state)
 
@@ -954,7 +1091,11 @@ def stream(
       [3, 3]
     """
     interval = _checks.static_int("interval", interval, minimum=1)
-    if _checks.is_traced(params, cache, prompts, prompt_lens, limits):
+    progress = _checks.static_bool("progress", progress)
+    _checks.instance("sampling", sampling, Sampling)
+    if _checks.is_traced(
+        params, cache, index, prompts, prompt_lens, limits, stop_tokens, seeds, vars(sampling)
+    ):
         raise TypeError("stream reads tokens on the host and cannot run inside jit; generate can")
     program = _prepare(
         model_fn,

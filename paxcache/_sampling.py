@@ -42,8 +42,11 @@ class Sampling:
       repetition_penalty: divides positive and multiplies negative logits of tokens that stand in the prompt or
         were generated; 1 changes nothing.
 
+    Temperature and repetition penalty are finite. A value that is traced cannot be refused: out of its range, or NaN,
+    it counts as the default.
+
     Raises:
-      ValueError: a value is out of its range (checked where the value is known, not when traced).
+      ValueError: a known value is out of its range, in float32.
       TypeError: a value is no number.
 
     Example:
@@ -63,11 +66,19 @@ class Sampling:
 
     def __post_init__(self):
         """Checks the values that are known."""
-        _check_range("temperature", self.temperature, lambda x: x >= 0, "at least 0")
-        _check_range("top_k", self.top_k, lambda x: x >= 0, "at least 0", integer=True)
-        _check_range("top_p", self.top_p, lambda x: (x > 0) & (x <= 1), "above 0 and at most 1")
-        _check_range("min_p", self.min_p, lambda x: (x >= 0) & (x <= 1), "between 0 and 1")
-        _check_range("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "above 0")
+        for field in dataclasses.fields(self):
+            _read(field.name, getattr(self, field.name))
+
+
+_TINY = np.finfo(np.float32).tiny  # a processor may take a smaller number for 0
+
+_RANGES: dict[str, tuple[Any, str]] = {
+    "temperature": (lambda x: (x >= 0) & (x < np.inf), "at least 0 and finite"),
+    "top_k": (lambda x: x >= 0, "at least 0"),
+    "top_p": (lambda x: (x > 0) & (x <= 1), "above 0 and at most 1"),
+    "min_p": (lambda x: (x >= 0) & (x <= 1), "between 0 and 1"),
+    "repetition_penalty": (lambda x: (x >= _TINY) & (x < np.inf), "above 0 and finite"),
+}
 
 
 class Rules(NamedTuple):
@@ -88,48 +99,54 @@ class Rules(NamedTuple):
         return jax.tree.map(lambda values: values[prompts], self)
 
 
-def _check_range(name: str, value: Any, valid: Any, expected: str, *, integer: bool = False) -> None:
-    if isinstance(value, Tracer):
-        return
-    known = np.asarray(value)
-    kind = np.integer if integer else np.number
-    if not np.issubdtype(known.dtype, kind) and not (
-        jnp.issubdtype(known.dtype, jnp.floating) and not integer
-    ):
-        raise TypeError(f"Sampling: {name} must be {'an integer' if integer else 'a number'}, got {value!r}")
-    if not np.all(valid(known)):
-        raise ValueError(f"Sampling: {name} must be {expected}, got {value!r}")
+def _read(name: str, value: Any) -> np.ndarray | jax.Array:
+    """A field of `Sampling` as int32 or float32, of any shape. Known values are in its range."""
+    title = f"sampling.{name}"
+    values = _checks.integers(title, value) if name == "top_k" else _floats(title, value)
+    valid, expected = _RANGES[name]
+    if not isinstance(values, Tracer) and not np.all(valid(np.asarray(values))):
+        raise ValueError(f"{title}: expected values {expected}, got {value!r}")
+    return values
 
 
-def per_prompt(name: str, value: Any, num_prompts: int, dtype: Any) -> Num[Array, "N"]:
-    """A number or an array [N] as an array [N]."""
-    array = jnp.asarray(value)
-    if array.ndim == 0:
-        array = jnp.broadcast_to(array, (num_prompts,))
-    if array.shape != (num_prompts,):
+def _floats(name: str, value: Any) -> np.ndarray | jax.Array:
+    """float32 values of any shape, on the host where they are known there."""
+    try:
+        values = value if isinstance(value, Tracer) else np.asarray(value)
+    except jax.errors.TracerArrayConversionError:  # a list with traced numbers
+        values = jnp.asarray(value)
+    except ValueError as error:  # lists of unequal lengths
+        raise ValueError(f"{name}: expected a number or an array [N], got {value!r}") from error
+    if not (jnp.issubdtype(values.dtype, jnp.floating) or jnp.issubdtype(values.dtype, jnp.integer)):
+        raise TypeError(f"{name}: expected numbers, got {_checks.describe(value)}")
+    with np.errstate(over="ignore"):  # to inf, which no range has
+        return values.astype(np.float32)
+
+
+def per_prompt(name: str, values: np.ndarray | jax.Array, num_prompts: int) -> np.ndarray | jax.Array:
+    """One value for all prompts, or an array [N], as an array [N]; on the host where it is known there."""
+    if values.shape not in ((), (num_prompts,)):
         raise ValueError(
-            f"{name}: expected a number or an array [N={num_prompts}], got {_checks.describe(array)}"
+            f"{name}: expected a number or an array [N={num_prompts}], got {_checks.describe(values)}"
         )
-    if jnp.issubdtype(dtype, jnp.integer) and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name}: expected integers, got {_checks.describe(array)}")
-    return array.astype(dtype)
+    broadcast = jnp.broadcast_to if isinstance(values, jax.Array) else np.broadcast_to
+    return broadcast(values, (num_prompts,))
 
 
 def resolve(sampling: Sampling, num_prompts: int) -> Rules:
     """The rules of `num_prompts` prompts, without the features that are neutral for all of them."""
-
-    def used(value: Any, neutral: Any) -> bool:
-        return isinstance(value, Tracer) or bool(np.any(np.asarray(value) != neutral))
-
-    values = {}
+    arrays: dict[str, Any] = {}
     for field in dataclasses.fields(Sampling):
-        value = getattr(sampling, field.name)
-        dtype = jnp.int32 if field.name == "top_k" else jnp.float32
-        array = per_prompt(f"sampling.{field.name}", value, num_prompts, dtype)
-        values[field.name] = array if used(value, field.default) else None
-    if values["temperature"] is None:  # the most likely token passes every filter
-        return Rules(repetition_penalty=values["repetition_penalty"])
-    return Rules(**values)
+        name, neutral = field.name, field.default
+        values = per_prompt(f"sampling.{name}", _read(name, getattr(sampling, name)), num_prompts)
+        if isinstance(values, Tracer):
+            valid, _ = _RANGES[name]
+            arrays[name] = jnp.where(valid(values), values, jnp.asarray(neutral, values.dtype))
+        else:
+            arrays[name] = None if np.all(np.asarray(values) == neutral) else jnp.asarray(values)
+    if arrays["temperature"] is None:  # the most likely token passes every filter
+        return Rules(repetition_penalty=arrays["repetition_penalty"])
+    return Rules(**arrays)
 
 
 def penalize_repetition(
@@ -224,13 +241,26 @@ def sample(
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
         return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
 
-    random = (rules.temperature > 0)[:, None]
-    tempered = logits.astype(jnp.float32) / jnp.where(random, rules.temperature[:, None], 1)
+    logits = logits.astype(jnp.float32)
+    # So small a temperature that the quotients overflow is that of the most likely token.
+    most = logits.max(axis=1) / jnp.where(rules.temperature > 0, rules.temperature, 1)
+    random = ((rules.temperature > 0) & jnp.isfinite(most))[:, None]
+    tempered = logits / jnp.where(random, rules.temperature[:, None], 1)
     kept = keep(tempered, rules)
     scores = jnp.where(random, tempered + jax.vmap(noise)(seeds, positions), tempered)
     if kept is not None:
         scores = jnp.where(kept, scores, -jnp.inf)
     return jnp.argmax(scores, axis=1).astype(jnp.int32)
+
+
+def is_distribution(logits: Float[Array, "R V"], rules: Rules, chosen: Int32[Array, "R"]) -> Bool[Array, "R"]:
+    """Whether a row's logits say anything: none is NaN or +inf, and not all are -inf. `chosen` is `sample`'s answer."""
+    if rules.temperature is None and rules.repetition_penalty is None:
+        # The argmax, which takes NaN before all numbers: one number a row instead of a pass over all.
+        most = jnp.take_along_axis(logits, chosen[:, None], axis=1)[:, 0]
+    else:
+        most = logits.max(axis=1)
+    return jnp.isfinite(most)
 
 
 def log_probability(logits: Float[Array, "R V"], tokens: Int32[Array, "R"]) -> Float32[Array, "R"]:
