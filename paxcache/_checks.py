@@ -104,14 +104,16 @@ def instance(name: str, value: Any, *kinds: type, source: str = "") -> None:
         raise TypeError(f"{name}: expected {wanted}, got {article(type(value))}")
 
 
-def static_int(name: str, value: Any, *, minimum: int) -> int:
-    """A Python int of at least `minimum`; a traced value is refused with advice."""
+def static_int(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
+    """A Python int in a range; a traced value is refused with advice."""
     if isinstance(value, Tracer):
         raise TypeError(f"{name} must be static (a Python int), got a traced value")
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {value}")
     return int(value)
 
 

@@ -748,6 +748,7 @@ def _prepare(
     chunk_size: int | None = None,
     return_logprobs: bool = False,
     host_pages: int | tuple[int, ...] | None = None,
+    on_host: str = "",
 ) -> _Program:
     """Checks a request and makes its first state. Changes and donates nothing."""
     if not callable(model_fn):
@@ -765,12 +766,7 @@ def _prepare(
     _check_alive(cache=cache, index=index)
     return_logprobs = _checks.static_bool("return_logprobs", return_logprobs)
     swaps = None
-    values = (params, cache, index, prompts, prompt_lens, limits, stop_tokens, seeds, vars(sampling))
     if host_pages is not None:
-        if _checks.is_traced(*values):
-            raise TypeError(
-                "host_pages: the host moves pages between runs of the program, which jit has no place for"
-            )
         swaps = _Swaps(_rows.account("host_pages", len(cache.groups), host_pages, "pinned_host"))
     max_new_tokens = _checks.static_int("max_new_tokens", max_new_tokens, minimum=1)
     tokens, lens = _read_prompts(prompts, prompt_lens)
@@ -782,9 +778,7 @@ def _prepare(
         chunk_size = max(num_lanes, min(_DEFAULT_CHUNK_SIZE, N * width))
     else:
         # A wide step must hold one token of every lane, so that no prompt waits for another's decoding.
-        chunk_size = _checks.static_int("chunk_size", chunk_size, minimum=num_lanes)
-        if chunk_size > INT32_MAX:
-            raise ValueError(f"chunk_size must fit int32, got {chunk_size}")
+        chunk_size = _checks.static_int("chunk_size", chunk_size, minimum=num_lanes, maximum=INT32_MAX)
     extra = _read_limits(limits, N, max_new_tokens)
     given_seeds = _checks.integers("seeds", np.arange(N, dtype=np.int32) if seeds is None else seeds)
     job = _Job(
@@ -795,6 +789,13 @@ def _prepare(
         rules=resolve(sampling, N),
         families=None if index is None else _families(tokens, lens, cache.page_size),
     )
+    if _checks.is_traced(params, cache, index, job):
+        if host_pages is not None:
+            raise TypeError(
+                "host_pages: the host moves pages between runs of the program, which jit has no place for"
+            )
+        if on_host:
+            raise TypeError(f"{on_host} reads tokens on the host and cannot run inside jit; generate can")
     state = _start(
         job,
         tokens,
@@ -942,8 +943,8 @@ class Stream(Iterator[tuple[int, list[int]]]):
     The program runs when the next item is asked for, a segment at a time. `close`, or leaving a ``with`` block, ends it
     at any point: its rows are emptied and `result` holds what there is.
 
-    An error in the model ends it too. The cache was donated to the program that failed, so it is lost with it: there
-    is no result then, and whatever is asked of the stream later names the first error as its cause.
+    An error in the model ends it too. There is no result then: the cache was donated to the program that failed. What
+    is asked of the stream later raises with the first error as its cause, and `close` does nothing.
     """
 
     def __init__(self, program: _Program, *, interval: int, progress: bool):
@@ -969,7 +970,7 @@ class Stream(Iterator[tuple[int, list[int]]]):
         while not self._items and not self._finished and not self._closed:
             self._run_segment()
         if self._error is not None:
-            raise RuntimeError("generation failed; the first error is the cause of this one") from self._error
+            raise RuntimeError("generation failed; there are no more tokens") from self._error
         if self._closed or not self._items:
             self.close()
             raise StopIteration
@@ -986,7 +987,7 @@ class Stream(Iterator[tuple[int, list[int]]]):
     def _run_segment(self) -> None:
         """Makes some steps and reads what they gave."""
         assert self._state is not None
-        self._num_steps += self._interval
+        self._num_steps = min(self._num_steps + self._interval, INT32_MAX)
         try:
             self._state = self._program.advance(self._state, self._num_steps)
             tokens, lengths = map(np.asarray, self._program.tokens(self._state))
@@ -1027,9 +1028,7 @@ class Stream(Iterator[tuple[int, list[int]]]):
           RuntimeError: generation is still under way, or failed.
         """
         if self._error is not None:
-            raise RuntimeError(
-                "generation failed and its cache is lost; begin with a new one"
-            ) from self._error
+            raise RuntimeError("generation failed; there is no result") from self._error
         if not self._closed or self._state is None:
             raise RuntimeError("generation is under way: exhaust the stream or close() it, then read result")
         return self._program.result(self._state)
@@ -1090,13 +1089,8 @@ def stream(
       >>> tokens.result.lengths.tolist()
       [3, 3]
     """
-    interval = _checks.static_int("interval", interval, minimum=1)
+    interval = _checks.static_int("interval", interval, minimum=1, maximum=INT32_MAX)
     progress = _checks.static_bool("progress", progress)
-    _checks.instance("sampling", sampling, Sampling)
-    if _checks.is_traced(
-        params, cache, index, prompts, prompt_lens, limits, stop_tokens, seeds, vars(sampling)
-    ):
-        raise TypeError("stream reads tokens on the host and cannot run inside jit; generate can")
     program = _prepare(
         model_fn,
         params,
@@ -1112,5 +1106,6 @@ def stream(
         chunk_size=chunk_size,
         return_logprobs=return_logprobs,
         host_pages=host_pages,
+        on_host="stream",
     )
     return Stream(program, interval=interval, progress=progress)

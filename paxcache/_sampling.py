@@ -72,6 +72,8 @@ class Sampling:
 
 _TINY = np.finfo(np.float32).tiny  # a processor may take a smaller number for 0
 
+_MOST_TEMPERATURE = 2.0**126  # the reciprocal of a larger one may be taken for 0
+
 _RANGES: dict[str, tuple[Any, str]] = {
     "temperature": (lambda x: (x >= 0) & (x < np.inf), "at least 0 and finite"),
     "top_k": (lambda x: x >= 0, "at least 0"),
@@ -242,10 +244,11 @@ def sample(
         return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
 
     logits = logits.astype(jnp.float32)
-    # So small a temperature that the quotients overflow is that of the most likely token.
-    most = logits.max(axis=1) / jnp.where(rules.temperature > 0, rules.temperature, 1)
-    random = ((rules.temperature > 0) & jnp.isfinite(most))[:, None]
-    tempered = logits / jnp.where(random, rules.temperature[:, None], 1)
+    # Masked tokens stay masked: -inf times 0 would be NaN. Where the quotients overflow, a temperature is as good as 0.
+    temperature = jnp.minimum(rules.temperature, _MOST_TEMPERATURE)
+    most = logits.max(axis=1) / jnp.where(temperature > 0, temperature, 1)
+    random = ((temperature > 0) & jnp.isfinite(most))[:, None]
+    tempered = logits / jnp.where(random, temperature[:, None], 1)
     kept = keep(tempered, rules)
     scores = jnp.where(random, tempered + jax.vmap(noise)(seeds, positions), tempered)
     if kept is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from paxcache import _sampling
 from paxcache._sampling import Rules, Sampling
 
 V = 97
+FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 
 def oracle_keep(logits, *, top_k: Any = 0, top_p: Any = 1.0, min_p: Any = 0.0):
@@ -242,6 +244,23 @@ def test_traced_values_count_as_used():
         ("min_p", 1.5, ValueError),
         ("min_p", np.array([0.1, -0.2]), ValueError),
         ("repetition_penalty", 0.0, ValueError),
+        ("repetition_penalty", 1e-46, ValueError),  # 0 in float32
+        *(
+            (name, value, ValueError)
+            for name in FLOATS
+            for value in (np.inf, -np.inf, np.nan, 1e39, [0.5, np.nan])
+        ),
+        *(
+            (name, value, TypeError)
+            for name in FLOATS
+            for value in (None, 1j, True, b"1", {1}, [None], object())
+        ),
+        *((name, [1.0, [0.5]], ValueError) for name in FLOATS),
+        *(("top_k", value, TypeError) for value in (None, 1.0, True, "1", {1}, [None], np.ones(2))),
+        *(
+            ("top_k", value, ValueError)
+            for value in ([1, [2]], 2**31, np.int64(2**40), 2**70, np.uint64(2**63))
+        ),
     ],
 )
 def test_values_out_of_range_are_named(name, value, error):
@@ -252,3 +271,47 @@ def test_values_out_of_range_are_named(name, value, error):
 def test_arrays_of_the_wrong_length_are_named():
     with pytest.raises(ValueError, match=r"sampling\.top_p.*N=3"):
         rules(3, temperature=1.0, top_p=np.array([0.5, 0.5]))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, jnp.bfloat16, np.int64, np.uint8])
+def test_numbers_of_any_type_will_do(dtype):
+    some = rules(3, temperature=np.ones(3, dtype), repetition_penalty=jnp.full(3, 2, jnp.bfloat16))
+    assert some.temperature is not None and some.temperature.dtype == jnp.float32
+    np.testing.assert_array_equal(some.temperature, np.ones(3))
+    one = rules(3, temperature=1.0, top_k=np.uint64(5)).top_k
+    assert one is not None and one.tolist() == [5] * 3
+
+
+@jax.jit
+def draw_traced(values, logits):
+    n = logits.shape[0]
+    tokens, ids = jnp.tile(jnp.arange(8), (n, 1)), jnp.arange(n)
+    counts = jnp.full(n, 8)
+    return _sampling.sample(
+        logits, rules(n, **values), seeds=ids, positions=ids, tokens=tokens, num_tokens=counts
+    )
+
+
+@pytest.mark.parametrize("name", [*FLOATS, "top_k"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -3.0])
+def test_traced_values_out_of_range_count_as_the_default(name, value):
+    values = dict(temperature=1.5, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
+    wrong = {**values, name: -7 if name == "top_k" else value}
+    right = {**values, name: dataclasses.asdict(Sampling())[name]}
+    logits = jnp.where(jnp.arange(V) % 3 == 0, -jnp.inf, jnp.asarray(make_logits(3, n=30)))
+    drawn = draw_traced(wrong, logits).tolist()
+    assert drawn == draw_traced(right, logits).tolist()
+    assert all(token % 3 for token in drawn)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.2, 3e38, 2e-38])
+@pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1.2e-38, 1e-30, 1.0, 3e38])
+def test_masked_tokens_are_never_chosen(temperature, penalty):
+    logits = jnp.where(jnp.arange(V) % 3 == 0, -jnp.inf, 100 * jnp.asarray(make_logits(9, n=30)))
+    for top_p in (1.0, 0.9):
+        values = dict(temperature=temperature, top_k=0, top_p=top_p, min_p=0.0, repetition_penalty=penalty)
+        rules(30, **values)  # known values are not refused
+        drawn = draw_traced(values, logits).tolist()
+        assert all(token % 3 for token in drawn)
+        if temperature < 1e-29 and penalty == 1.0:
+            assert drawn == jnp.argmax(logits, axis=1).tolist()

@@ -1,0 +1,96 @@
+"""Samples depend on a prompt, its values and its seed alone: not on neighbours, rows, pages or preemptions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from generation import (
+    MIXED,
+    PROMPTS,
+    SEEDS,
+    SWAPS,
+    V,
+    assert_empty,
+    busy_cache,
+    mixed_expected,
+    run,
+    sum_model,
+)
+from paxcache import Sampling, offload
+
+
+@pytest.mark.parametrize(("free_pages", "max_seqs", "chunk_size"), [(38, 4, 8), (7, 4, 8), (38, 2, 3)])
+def test_samples_depend_on_nothing_but_the_prompt_and_its_values(free_pages, max_seqs, chunk_size):
+    out = run(
+        cache=busy_cache(free_pages, max_seqs),
+        sampling=MIXED,
+        seeds=SEEDS,
+        chunk_size=chunk_size,
+        return_logprobs=True,
+    )
+    assert out.to_lists() == mixed_expected()
+    assert (int(out.num_preemptions) > 0) == (free_pages == 7)
+
+
+@pytest.mark.parametrize("host_pages", [12, 3])
+def test_swapping_changes_no_sample_and_recomputes_nothing(host_pages):
+    traces = []
+
+    def model(params, tokens, *args):
+        traces.append(tokens.shape)
+        return sum_model(params, tokens, *args)
+
+    out = run(cache=busy_cache(7), model=model, **{**SWAPS, "host_pages": host_pages})
+    assert sorted(traces) == [(4,), (8,)]  # one program, however often the host moves pages
+    recomputed = run(cache=busy_cache(7), **{**SWAPS, "host_pages": None})
+    assert out.to_lists() == recomputed.to_lists() == mixed_expected()
+    np.testing.assert_array_equal(out.logprobs, recomputed.logprobs)
+    assert int(recomputed.num_swaps) == 0
+    if host_pages == 12:
+        assert int(out.num_swaps) == int(out.num_preemptions) > 0
+        assert out.num_steps < recomputed.num_steps
+    else:  # not every prompt finds room
+        assert 0 < int(out.num_swaps) < int(out.num_preemptions)
+    assert_empty(out.cache)
+
+
+def test_what_comes_back_is_what_left(monkeypatch):
+    """Pages that change on the host change the tokens: they are read again and not computed anew."""
+
+    right = offload.preempt
+
+    def preempt(*args):
+        cache, host, ticket = right(*args)
+        blocks = jax.tree.map(lambda x: 2 * x, ticket.extent.blocks)
+        extent = dataclasses.replace(ticket.extent, blocks=blocks)
+        return cache, host, dataclasses.replace(ticket, extent=extent)
+
+    monkeypatch.setattr(offload, "preempt", preempt)
+    out = run(cache=busy_cache(7), **SWAPS)
+    assert int(out.num_swaps) > 0
+    assert out.to_lists() != mixed_expected()
+
+
+def test_samples_do_not_depend_on_neighbours():
+    order = [4, 1, 3, 1, 0, 4]
+    prompts = [PROMPTS[i] for i in order]
+    prompts[4] = [30] * 16  # a neighbour of no concern
+    some = Sampling(**{k: np.asarray(v)[order] for k, v in vars(MIXED).items()})
+    out = run(prompts, sampling=some, seeds=[SEEDS[i] for i in order], return_logprobs=True).to_lists()
+    expected = [mixed_expected()[i] for i in order]
+    assert out[:4] + out[5:] == expected[:4] + expected[5:]
+
+
+def test_seeds():
+    hot = Sampling(temperature=3.0, top_k=V - 1, top_p=0.999, min_p=0.001, repetition_penalty=1.01)
+    draw = functools.partial(run, [[1, 2]] * 6, sampling=hot, return_logprobs=True)
+    same = draw(seeds=11).to_lists()
+    assert same[1:] == same[:-1]
+    different = draw().to_lists()
+    assert len({tuple(tokens) for tokens in different}) == 6
+    assert draw(seeds=[0, 1, 2, 3, 4, 5]).to_lists() == different
