@@ -8,6 +8,7 @@ There is no sort: sorting a vocabulary costs more, and "how much lies above t" i
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from jax.core import Tracer
 from paxcache import _checks
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Float32, Int32, Num
+    from jaxtyping import Array, Bool, Float, Float32, Int32, Num, UInt32
 
 _INT32 = np.iinfo(np.int32)
 
@@ -210,24 +211,47 @@ def keep(logits: Float32[Array, "R V"], rules: Rules) -> Bool[Array, "R V"] | No
     return kept | (keys == keys.max(axis=1, keepdims=True))
 
 
+_GENERATOR = "threefry2x32"  # its numbers do not change under vmap, whatever jax_default_prng_impl says
+
+
+@jax.jit
+def seed_keys(seeds: Int32[Array, "N"]) -> UInt32[Array, "N 2"]:
+    """The raw key of each seed."""
+    return jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed, impl=_GENERATOR)))(seeds)
+
+
+@functools.partial(jax.jit, static_argnames="num")
+def fold_keys(key: Any, num: int) -> UInt32[Array, "N 2"]:
+    """The raw keys ``fold_in(key, n)``. Those of other generators have more than two words; the rest is folded in."""
+
+    def fold(n):
+        words = jax.random.key_data(jax.random.fold_in(key, n))
+        folded = jax.random.wrap_key_data(words[:2], impl=_GENERATOR)
+        for word in words[2:]:
+            folded = jax.random.fold_in(folded, word)
+        return jax.random.key_data(folded)
+
+    return jax.vmap(fold)(jnp.arange(num, dtype=jnp.int32))
+
+
 def sample(
     logits: Float[Array, "R V"],
     rules: Rules,
     *,
-    seeds: Int32[Array, "R"],
+    keys: UInt32[Array, "R 2"] | None,
     positions: Int32[Array, "R"],
     tokens: Int32[Array, "R W"] | None = None,
     num_tokens: Int32[Array, "R"] | None = None,
 ) -> Int32[Array, "R"]:
     """One token a row.
 
-    A row's random numbers come from its seed and the position of the token to be, and from nothing else: not from
+    A row's random numbers come from its key and the position of the token to be, and from nothing else: not from
     its neighbours, its place in the batch, or when it runs.
 
     Args:
       logits: any float dtype.
       rules: those of the rows, arrays [R].
-      seeds: one a row.
+      keys: one a row, from `seed_keys` or `fold_keys`; None will do where no row has a temperature.
       positions: where each new token will stand in its sequence.
       tokens, num_tokens: each row's prompt and generated tokens, for the repetition penalty.
     """
@@ -238,9 +262,10 @@ def sample(
     if rules.temperature is None:  # argmax needs no float32: widening changes no order
         return jnp.argmax(logits, axis=1).astype(jnp.int32)
 
-    def noise(seed, position):
-        # A fixed generator whose numbers do not change under vmap, whatever jax_default_prng_impl says.
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+    assert keys is not None
+
+    def noise(key, position):
+        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl=_GENERATOR), position)
         return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
 
     logits = logits.astype(jnp.float32)
@@ -250,7 +275,7 @@ def sample(
     random = ((temperature > 0) & jnp.isfinite(most))[:, None]
     tempered = logits / jnp.where(random, temperature[:, None], 1)
     kept = keep(tempered, rules)
-    scores = jnp.where(random, tempered + jax.vmap(noise)(seeds, positions), tempered)
+    scores = jnp.where(random, tempered + jax.vmap(noise)(keys, positions), tempered)
     if kept is not None:
         scores = jnp.where(kept, scores, -jnp.inf)
     return jnp.argmax(scores, axis=1).astype(jnp.int32)

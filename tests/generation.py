@@ -96,7 +96,7 @@ def sum_oracle(prompt, *, max_new=MAX_NEW, stop=(), seed=0, rules=None):
 @jax.jit
 def draw_one(rules, logits, seed, position, tokens):
     return _sampling.sample(
-        logits, rules, seeds=seed, positions=position, tokens=tokens, num_tokens=position
+        logits, rules, keys=_sampling.seed_keys(seed), positions=position, tokens=tokens, num_tokens=position
     )[0]
 
 

@@ -115,9 +115,10 @@ def refused(error, match, **change):
         "cache": make_cache(),
         **change,
     }
+    arguments = {"model_fn": model, "params": None, **arguments}
     for call in (generate, stream):
         with pytest.raises(error, match=match):
-            call(**{"model_fn": model, "params": None, **arguments})
+            call(**arguments)
     for leaf in jax.tree.leaves(arguments["cache"]):
         assert not isinstance(leaf, jax.Array) or not leaf.is_deleted()
 
@@ -134,6 +135,25 @@ def test_integers_of_a_prompt_are_integers_that_int32_holds(name, value):
 )
 def test_stop_tokens_are_token_ids(value):
     refused(ValueError, "stop_tokens", stop_tokens=value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [0, 1.0, "x", None.__class__, np.zeros(2), np.zeros(2, np.int32), np.zeros(3, np.uint32), np.uint32(3)]
+    + [jax.random.split(jax.random.key(0), 6), jax.random.split(jax.random.PRNGKey(0), 6)],
+)
+def test_a_key_is_one_key(key):
+    refused((TypeError, ValueError), "key: expected (a|one) JAX key", key=key)
+
+
+def test_one_source_of_random_numbers():
+    refused(TypeError, "key and seeds: ", key=jax.random.key(0), seeds=1)
+
+
+def test_arguments_that_do_not_exist_or_lack():
+    refused(TypeError, "temperature: is no argument", temperature=0.5)
+    with pytest.raises(TypeError, match="max_new_tokens: is needed"):
+        generate(sum_model, TABLE, make_cache(), PROMPTS)  # pyright: ignore
 
 
 @pytest.mark.parametrize("name", ["chunk_size", "host_pages", "max_new_tokens", "interval"])

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 from generation import (
+    MAX_NEW,
     MIXED,
     PROMPTS,
     SEEDS,
     SWAPS,
+    TABLE,
     V,
     assert_empty,
     busy_cache,
+    make_cache,
     mixed_expected,
     run,
     sum_model,
@@ -94,3 +97,35 @@ def test_seeds():
     different = draw().to_lists()
     assert len({tuple(tokens) for tokens in different}) == 6
     assert draw(seeds=[0, 1, 2, 3, 4, 5]).to_lists() == different
+
+
+def test_a_key_is_folded_with_the_number_of_a_prompt():
+    """Each prompt draws what a loop over ``fold_in(fold_in(key, n), position)`` draws; raw keys are keys too."""
+    hot = Sampling(temperature=3.0)
+    key = jax.random.key(5)
+    draw = functools.partial(run, sampling=hot, return_logprobs=True)
+    out = draw(key=key).to_lists()
+    for n, prompt in enumerate(PROMPTS):
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + MAX_NEW:
+            logits = TABLE[(7 * sum(tokens) + 5 * (len(tokens) - 1)) % V] / np.float32(3)
+            noise = jax.random.gumbel(
+                jax.random.fold_in(jax.random.fold_in(key, n), len(tokens)), (V,), np.float32
+            )
+            tokens.append(int(np.argmax(logits + np.asarray(noise))))
+        assert out[n] == tokens[len(prompt) :]
+    raw = jax.random.PRNGKey(5)
+    assert draw(key=raw).to_lists() == draw(key=np.asarray(raw)).to_lists() == out
+    assert draw(key=jax.random.key(6)).to_lists() != out
+    assert draw().to_lists() == draw().to_lists()  # as the first lines of the docstring say
+
+
+def test_greedy_programs_hold_no_keys():
+    cache = make_cache()
+    arguments: Any = dict(max_new_tokens=2, key=jax.random.key(0))
+    text = str(
+        jax.make_jaxpr(lambda cache: generate(sum_model, TABLE, cache, np.ones((2, 4), int), **arguments))(
+            cache
+        )
+    )
+    assert "while" in text and "threefry" not in text and "random" not in text

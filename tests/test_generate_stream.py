@@ -27,7 +27,8 @@ from generation import (
     sum_model,
     sum_oracle,
 )
-from paxcache import _generate, stream
+from paxcache import stream
+from paxcache._generate import _api
 
 
 @pytest.mark.parametrize(("interval", "host_pages"), [(1, None), (4, None), (1000, None), (3, 12)])
@@ -149,7 +150,7 @@ def test_a_failure_while_it_is_traced_leaves_the_cache_alone():
 
 def test_an_interrupt_loses_nothing(monkeypatch):
     """Ctrl-C while the host waits for a segment: the stream can go on, or be closed with what there is."""
-    program = _generate._Program
+    program = _api.Program
     right, calls = program.tokens, []
 
     def interrupted(self, state):

@@ -38,6 +38,10 @@ def rules(n, **values):
     return _sampling.resolve(Sampling(**values), n)
 
 
+def draw_from_seeds(logits, some, *, seeds, **arguments):
+    return _sampling.sample(logits, some, keys=_sampling.seed_keys(seeds), **arguments)
+
+
 def make_logits(seed, n=6, scale=3.0):
     return np.random.default_rng(seed).normal(size=(n, V)).astype(np.float32) * scale
 
@@ -91,7 +95,7 @@ def test_equals_of_the_last_kept_token_stay_and_zeros_are_one_value():
 def test_forbidden_tokens_stay_forbidden():
     logits = jnp.tile(jnp.where(jnp.arange(V) < 4, 0.0, -jnp.inf), (60, 1))
     some = rules(60, temperature=1.0, top_k=50, top_p=0.999, min_p=0.001)
-    drawn = _sampling.sample(logits, some, seeds=jnp.arange(60), positions=jnp.full(60, 3))
+    drawn = draw_from_seeds(logits, some, seeds=jnp.arange(60), positions=jnp.full(60, 3))
     assert set(drawn.tolist()) == {0, 1, 2, 3}
 
 
@@ -128,7 +132,7 @@ def test_repetition_penalty_equals_the_oracle():
 
 def test_greedy_takes_the_first_of_the_most_likely_tokens():
     logits = jnp.asarray([[0.0, 5.0, 5.0, 1.0]], jnp.bfloat16)
-    chosen = _sampling.sample(logits, Rules(), seeds=jnp.array([0]), positions=jnp.array([0]))
+    chosen = draw_from_seeds(logits, Rules(), seeds=jnp.array([0]), positions=jnp.array([0]))
     assert chosen.dtype == jnp.int32
     assert chosen.tolist() == [1]
 
@@ -137,7 +141,7 @@ def test_temperature_zero_is_greedy_beside_sampled_rows():
     logits = jnp.asarray(make_logits(4, n=4))
     mixed = rules(4, temperature=np.array([0.0, 5.0, 0.0, 5.0]), top_k=np.array([5, 0, 0, 3]))
     draw = jax.jit(
-        lambda seed: _sampling.sample(logits, mixed, seeds=jnp.full(4, seed), positions=jnp.arange(4))
+        lambda seed: draw_from_seeds(logits, mixed, seeds=jnp.full(4, seed), positions=jnp.arange(4))
     )
     drawn = np.stack([draw(seed) for seed in range(30)])
     np.testing.assert_array_equal(
@@ -156,7 +160,7 @@ def test_a_row_depends_on_its_seed_and_position_alone():
     def sample(rows):
         at = jnp.asarray(rows)
         draw = jax.jit(
-            lambda at: _sampling.sample(logits[at], some.of(at), seeds=seeds[at], positions=positions[at])
+            lambda at: draw_from_seeds(logits[at], some.of(at), seeds=seeds[at], positions=positions[at])
         )
         return draw(at).tolist()
 
@@ -166,8 +170,8 @@ def test_a_row_depends_on_its_seed_and_position_alone():
     # Another seed or another position is another draw, for the same logits.
     flat = jnp.zeros((64, V))
     one = rules(64, temperature=1.0)
-    by_seed = _sampling.sample(flat, one, seeds=jnp.arange(64), positions=jnp.zeros(64, jnp.int32))
-    by_position = _sampling.sample(flat, one, seeds=jnp.zeros(64, jnp.int32), positions=jnp.arange(64))
+    by_seed = draw_from_seeds(flat, one, seeds=jnp.arange(64), positions=jnp.zeros(64, jnp.int32))
+    by_position = draw_from_seeds(flat, one, seeds=jnp.zeros(64, jnp.int32), positions=jnp.arange(64))
     assert len(set(by_seed.tolist())) > 20
     assert len(set(by_position.tolist())) > 20
 
@@ -176,16 +180,16 @@ def test_the_default_generator_does_not_matter():
     logits = jnp.asarray(make_logits(6, n=3))
     some = rules(3, temperature=1.0)
     arguments = dict(seeds=jnp.arange(3), positions=jnp.arange(3))
-    expected = _sampling.sample(logits, some, **arguments).tolist()
+    expected = draw_from_seeds(logits, some, **arguments).tolist()
     with jax.default_prng_impl("rbg"):
-        assert _sampling.sample(logits, some, **arguments).tolist() == expected
+        assert draw_from_seeds(logits, some, **arguments).tolist() == expected
 
 
 def test_frequencies_follow_the_probabilities():
     n = 4000
     logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
     some = rules(n, temperature=0.5, top_p=0.9)
-    drawn = _sampling.sample(
+    drawn = draw_from_seeds(
         jnp.asarray(np.tile(logits, (n, 1))), some, seeds=jnp.arange(n), positions=jnp.full(n, 5)
     )
     expected = np.array([0.4, 0.3, 0.2, 0.0]) ** 2  # temperature 0.5 squares them; top-p cuts the last
@@ -210,7 +214,7 @@ def test_neutral_features_are_not_in_the_program():
     arguments = (jnp.zeros((2, V), jnp.bfloat16), greedy)
 
     def draw(logits, some):
-        return _sampling.sample(logits, some, seeds=jnp.arange(2), positions=jnp.arange(2))
+        return _sampling.sample(logits, some, keys=None, positions=jnp.arange(2))
 
     text = str(jax.make_jaxpr(draw)(*arguments))
     assert "argmax" in text
@@ -224,7 +228,7 @@ def test_traced_values_count_as_used():
     @jax.jit
     def draw(temperature, top_k, logits):
         some = rules(2, temperature=temperature, top_k=top_k)
-        return _sampling.sample(logits, some, seeds=jnp.arange(2), positions=jnp.arange(2))
+        return draw_from_seeds(logits, some, seeds=jnp.arange(2), positions=jnp.arange(2))
 
     logits = jnp.asarray(make_logits(8, n=2))
     assert draw(0.0, 0, logits).tolist() == jnp.argmax(logits, axis=1).tolist()
@@ -287,7 +291,7 @@ def draw_traced(values, logits):
     n = logits.shape[0]
     tokens, ids = jnp.tile(jnp.arange(8), (n, 1)), jnp.arange(n)
     counts = jnp.full(n, 8)
-    return _sampling.sample(
+    return draw_from_seeds(
         logits, rules(n, **values), seeds=ids, positions=ids, tokens=tokens, num_tokens=counts
     )
 
@@ -315,3 +319,21 @@ def test_masked_tokens_are_never_chosen(temperature, penalty):
         assert all(token % 3 for token in drawn)
         if temperature < 1e-29 and penalty == 1.0:
             assert drawn == jnp.argmax(logits, axis=1).tolist()
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_rows_fold_their_number_into_one_key(impl):
+    """Of whatever generator: the numbers of a row are the same beside any others, and differ from row to row."""
+    key = jax.random.key(7, impl=impl)
+    keys = _sampling.fold_keys(key, 5)
+    assert keys.shape == (5, 2) and keys.dtype == jnp.uint32
+    np.testing.assert_array_equal(_sampling.fold_keys(key, 3), keys[:3])
+    assert len({tuple(k) for k in keys.tolist()}) == 5
+    assert keys.tolist() != _sampling.fold_keys(jax.random.key(8, impl=impl), 5).tolist()
+    if impl == "threefry2x32":
+        np.testing.assert_array_equal(keys[3], jax.random.key_data(jax.random.fold_in(key, 3)))
+
+
+def test_a_seed_is_the_key_made_of_it():
+    expected = [jax.random.key_data(jax.random.key(seed, impl="threefry2x32")) for seed in (0, 5, -3)]
+    np.testing.assert_array_equal(_sampling.seed_keys(jnp.array([0, 5, -3])), expected)
