@@ -46,22 +46,38 @@ def array(name: str, value: Any, dims: str, *, dtype: Any = None, **sizes: int) 
     return result
 
 
+def integers(name: str, value: Any) -> np.ndarray | jax.Array:
+    """int32 values of any shape, on the host where they are known there.
+
+    Known values that int32 does not hold are refused and traced ones stop at its ends: none is ever wrapped.
+    """
+    low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+    if isinstance(value, jax.Array):
+        if not jnp.issubdtype(value.dtype, jnp.integer):
+            raise TypeError(f"{name}: expected integer values, got {describe(value)}")
+        if jnp.iinfo(value.dtype).max <= high:
+            return value.astype(jnp.int32)
+        if isinstance(value, Tracer):
+            return jnp.clip(value, max(low, int(jnp.iinfo(value.dtype).min)), high).astype(jnp.int32)
+    try:
+        known = np.asarray(value)
+    except jax.errors.TracerArrayConversionError:  # a list with traced numbers
+        return integers(name, jnp.asarray(value))
+    except ValueError as error:  # lists of unequal lengths
+        raise ValueError(f"{name}: expected an array, got {value!r}") from error
+    if known.size == 0 and known.dtype == np.float64:  # an empty list has no type
+        known = known.astype(np.int32)
+    past_int64 = known.dtype == object and all(isinstance(v, int) for v in known.flat)
+    if not (past_int64 or np.issubdtype(known.dtype, np.integer)):
+        raise TypeError(f"{name}: expected integer values, got {describe(value)}")
+    if known.size and (known.min() < low or known.max() > high):
+        raise ValueError(f"{name}: values must fit int32, got {known.min()} to {known.max()}")
+    return known.astype(np.int32)
+
+
 def int_array(name: str, value: Any, dims: str, **sizes: int) -> jax.Array:
-    """An int32 array. Host integers that int32 does not hold are refused, never wrapped."""
-    if not isinstance(value, jax.Array):
-        try:
-            value = np.asarray(value)
-        except ValueError as error:  # lists of unequal lengths
-            raise ValueError(f"{name}: expected an array, got {value!r}") from error
-        if value.size == 0 and value.dtype == np.float64:  # an empty list has no type
-            value = value.astype(np.int32)
-        if np.issubdtype(value.dtype, np.integer) and value.size:
-            low, high = int(value.min()), int(value.max())
-            if low < np.iinfo(np.int32).min or high > np.iinfo(np.int32).max:
-                raise ValueError(f"{name}: values must fit int32, got {low} to {high}")
-            value = value.astype(np.int32)
-    result = array(name, value, dims, dtype=jnp.integer, **sizes)
-    return result.astype(jnp.int32)
+    """An int32 array, see `integers`."""
+    return array(name, integers(name, value), dims, **sizes)
 
 
 def slots(name: str, value: Any, dims: str, **sizes: int) -> jax.Array:
@@ -88,15 +104,24 @@ def instance(name: str, value: Any, *kinds: type, source: str = "") -> None:
         raise TypeError(f"{name}: expected {wanted}, got {article(type(value))}")
 
 
-def static_int(name: str, value: Any, *, minimum: int) -> int:
-    """A Python int of at least `minimum`; a traced value is refused with advice."""
+def static_int(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
+    """A Python int in a range; a traced value is refused with advice."""
     if isinstance(value, Tracer):
         raise TypeError(f"{name} must be static (a Python int), got a traced value")
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {value}")
     return int(value)
+
+
+def static_bool(name: str, value: Any) -> bool:
+    """True or False; nothing else that Python takes for one."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+    return bool(value)
 
 
 def is_traced(*trees: Any) -> bool:
