@@ -18,8 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from paxcache._allocator import running_sum
+from paxcache._allocator import count_at_most, running_sum
 from paxcache._quantize import QuantizedPages, encode, load, scales_of
+from paxcache._state import state
+from paxcache._types import INT32_MAX
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Int32, PyTree, Shaped
@@ -33,8 +35,7 @@ WHOLE_ELEMENTS = 1 << 22
 """A step whose tables hold no more elements of K (or scores) than this goes without a loop: 16 MB in float32."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@state
 class Plan:
     """The tiles of a step and the running number of items; see the module's text."""
 
@@ -67,11 +68,13 @@ def make_plan(
     row_tiles = (query_lens + tile_len - 1) // tile_len
     num_tiles = num_rows * -(-max_query_len // tile_len)
     num_tiles = min(num_tiles, (num_tokens + num_rows * (tile_len - 1)) // tile_len)
+    if num_tiles * -(-max_pages // chunk_pages) > INT32_MAX:
+        raise ValueError(
+            f"{num_tokens} tokens × {max_pages} pages a row: int32 does not count the items of work"
+        )
     tile_ends = running_sum(row_tiles)
     tiles = jnp.arange(num_tiles, dtype=jnp.int32)
-    row = jnp.sum(
-        tile_ends[None, :] <= tiles[:, None], axis=1, dtype=jnp.int32
-    )  # num_rows past the last tile
+    row = count_at_most(tile_ends, tiles)  # num_rows past the last tile
     at = jnp.minimum(row, num_rows - 1)
     offsets = (tiles - (tile_ends - row_tiles)[at]) * tile_len
     lens = jnp.where(row < num_rows, jnp.minimum(query_lens[at] - offsets, tile_len), 0)
@@ -126,6 +129,7 @@ def paged_attention(
         pages = block_tables[row[:, None], jnp.minimum(columns, max_pages - 1)]
         k_pos = columns[:, :, None] * S + jnp.arange(S, dtype=jnp.int32)
         stored = ((pages >= 0) & (columns < max_pages))[:, :, None] & (k_pos < seq_lens[row][:, None, None])
+        stored &= (layer >= 0) & (layer < k_pages.shape[0])
         pages = jnp.maximum(pages, 0)
 
         k, k_scales = load(k_pages, layer, pages, q.dtype)  # [N, C, K, S, D]
@@ -177,9 +181,7 @@ def paged_attention(
     def step(i, carry):
         acc, m, l = carry
         item = i * num_items + jnp.arange(num_items, dtype=jnp.int32)
-        tile = jnp.sum(
-            plan.item_ends[None, :] <= item[:, None], axis=1, dtype=jnp.int32
-        )  # num_tiles past the end
+        tile = count_at_most(plan.item_ends, item)  # num_tiles past the end
         at = jnp.minimum(tile, num_tiles - 1)
         before = jnp.where(at > 0, plan.item_ends[jnp.maximum(at - 1, 0)], 0)
         columns = ((plan.first_chunks[at] + item - before) * C)[:, None] + jnp.arange(C, dtype=jnp.int32)
@@ -233,7 +235,8 @@ def write_pages(
     """Writes each token's key and value to its slot; slots outside the pool are dropped. One scatter a pool."""
     num_pages, page_size = k_pages.shape[1], k_pages.shape[3]
     # A negative index wraps even with mode="drop", so that it is moved past the end first.
-    page = jnp.where(slot_mapping >= 0, slot_mapping // page_size, num_pages)
+    there = (slot_mapping >= 0) & (layer >= 0) & (layer < k_pages.shape[0])
+    page = jnp.where(there, slot_mapping // page_size, num_pages)
     offset = slot_mapping % page_size
 
     def write(pool, new):

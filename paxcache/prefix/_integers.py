@@ -159,13 +159,8 @@ def shortfall(
     max_query_len: int | None,
 ) -> Int32[Array, "G"]:
     """In each group, the pages that `extend` with these arguments would lack. Rows that can never fit need none."""
-    if (num_tokens is None) == (max_query_len is None):
-        raise ValueError("give exactly one of num_tokens (packed) and max_query_len (row-aligned)")
     query_lens = _checks.int_array("query_lens", query_lens, "B", B=cache.max_seqs)
-    if num_tokens is not None:
-        num_tokens = _checks.static_int("num_tokens", num_tokens, minimum=1)
-    else:
-        max_query_len = _checks.static_int("max_query_len", max_query_len, minimum=1)
+    num_tokens, max_query_len = _checks.step_size(num_tokens, max_query_len, cache.max_seqs)
     tables = [g.block_tables for g in cache.groups]
     counts = [g.ref_counts for g in cache.groups]
     windowed = tuple(g.sliding_window is not None for g in cache.groups)
