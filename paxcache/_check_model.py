@@ -86,7 +86,7 @@ def check_model(
     # The first token once more, at another position; and another text, one token shorter, for the row beside.
     text = np.append(ids, ids[0])
     other = np.roll(ids, -1)
-    empty = _small_cache(cache, most_tokens=text.size + 1)
+    empty = _small_cache(cache, most_tokens=2 * text.size)
     if tolerance is None:
         exact = all(g.pages.k.dtype == jnp.float32 for g in empty.groups)
         tolerance = 0.005 if exact else 0.05
@@ -120,14 +120,15 @@ class _Check:
     def run(self, reference: Callable[[jax.Array], jax.Array] | None) -> None:
         """All of it; the first thing that is wrong raises."""
         L, text = self.text.size, self.text
-        clean = self.call(_filled(self.empty, 0), {_LONG: text}, at=range(L))
-        if np.isnan(clean.logits).any():
+        clean = _filled(self.empty, 0.5)
+        done = self.call(clean, {_LONG: text}, at=range(L))
+        if np.isnan(done.logits).any():
             raise ValueError(
-                "model_fn: logits hold NaN, though all pages held zeros: are the weights finite? "
+                "model_fn: logits hold NaN, though no page held any: are the weights finite? "
                 "(A layer counted past the cache's layers gives NaN, too.)"
             )
+        self.check_written(clean, done, "in one piece")
         whole = self.call(self.empty, {_LONG: text}, at=range(L))
-        self.check_written(self.empty, whole, "in one piece")
         if np.isnan(whole.logits).any():
             raise ValueError(
                 "model_fn: logits change with what lies in slots before they are written: it looks as if it attends "
@@ -243,9 +244,8 @@ class _Check:
 
     def check_padding(self, expected: np.ndarray) -> None:
         """Padding tokens must not matter."""
-        padded = self.call(
-            self.empty, {_LONG: self.text}, at=range(self.text.size), padding=int(self.other[0])
-        )
+        another = int(self.text[self.text != self.text[0]][0])
+        padded = self.call(self.empty, {_LONG: self.text}, at=range(self.text.size), padding=another)
         if not self.close(padded.logits, expected):
             raise ValueError(
                 "model_fn: logits change with the tokens that pad the step: padding leaks, as in a mean or a softmax "
@@ -258,12 +258,11 @@ class _Check:
         beside = self.call(
             self.empty, {_SHORT: self.other, _LONG: self.text}, at=range(n, n + self.text.size)
         )
-        if self.close(beside.logits, whole.logits):
-            first = zip(_keys(whole, _LONG, 0), _keys(beside, _LONG, 0), strict=True)
-            if all(self.close(ours, alone) for ours, alone in first):
-                return
-        first = zip(_keys(whole, _LONG, 0), _keys(beside, _LONG, 0), strict=True)
-        if all(not self.close(ours, alone) for ours, alone in first):
+        pairs = zip(_keys(beside, _LONG, 0), _keys(whole, _LONG, 0), strict=True)
+        same_keys = [self.close(found, alone) for found, alone in pairs]  # of a token that sees no other
+        if self.close(beside.logits, whole.logits) and all(same_keys):
+            return
+        if not any(same_keys):
             raise ValueError(
                 "model_fn: the keys of a row's first token change with the tokens packed before it: it looks as if "
                 "positions come from arange over the packed tokens; take step.positions"
@@ -353,7 +352,8 @@ class _Check:
             )
         raise ValueError(
             "model_fn: logits differ from the reference at the first token already, "
-            f"{self.difference(expected, wanted)}: it looks as if weights or layers differ, or positions do not begin at 0"
+            f"{self.difference(expected, wanted)}: it looks as if weights or layers differ, or positions do not "
+            "begin at 0"
         )
 
     def close(self, found: np.ndarray, wanted: np.ndarray) -> bool:
@@ -406,14 +406,13 @@ def _small_cache(cache: CacheConfig | PagedKVCache, *, most_tokens: int) -> Page
 
 
 def _filled(cache: PagedKVCache, value: float) -> PagedKVCache:
-    """The cache with every slot filled: numbers by the value, integers of quantised pages by one no token has."""
+    """The cache with every slot filled: numbers by the value, integers by one that quantised tokens do not have."""
 
     def fill(pages):
         def leaf(x):
             if not _is_pool(x, pages):
                 return x
-            floating = jnp.issubdtype(x.dtype, jnp.floating)
-            return jnp.full_like(x, value if floating else 0 if value == 0 else jnp.iinfo(x.dtype).min)
+            return jnp.full_like(x, value if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min)
 
         return jax.tree.map(leaf, pages)
 

@@ -169,8 +169,14 @@ def announce(scope: Scope, name: str, shape: _forward.LayerShape) -> None:
         scope.put_variable("cache", name, Announced(shape, root, around))
 
 
+def _require_mapping(variables: Any) -> None:
+    if not isinstance(variables, Mapping):
+        raise TypeError(f"variables: expected a mapping of collections, got {type(variables).__name__}")
+
+
 def take_announced(variables: Variables) -> tuple[dict[str, Any], dict[tuple[Path, int | None], Announced]]:
     """A copy of the cache collection without what layers left in it, and that."""
+    _require_mapping(variables)
     announced: dict[tuple[Path, int | None], Announced] = {}
 
     def walk(tree, path):
@@ -234,6 +240,20 @@ def place_for(announced: dict[tuple[Path, int | None], Announced]) -> Path:
     return paths[0][:depth]
 
 
+def scanned_path(variables: Variables, path: Any) -> Path:
+    """A path of a module, checked against the parameters."""
+    if isinstance(path, str) or not all(isinstance(name, str) for name in path):
+        raise TypeError(f"scanned_in: expected a tuple of names, such as ('layers',), got {path!r}")
+    tree = variables.get("params", {})
+    for name in path if "params" in variables else ():
+        if name not in tree:
+            raise ValueError(
+                f"scanned_in: {'/'.join(path)} has no parameters; known there: {', '.join(tree)}"
+            )
+        tree = tree[name]
+    return tuple(path)
+
+
 def scanned_shapes(variables: Variables, path: Path) -> list[_forward.LayerShape]:
     """Shapes of the stock layers under a scan, which its stacked parameters tell."""
     tree = variables.get("params", {})
@@ -266,8 +286,7 @@ def locate(variables: Variables) -> tuple[Path, State]:
                 return found
         return None
 
-    if not isinstance(variables, Mapping):
-        raise TypeError(f"variables: expected a mapping of collections, got {type(variables).__name__}")
+    _require_mapping(variables)
     found = search(variables.get("cache", {}), ())
     if found is None:
         raise ValueError("variables: expected a paged cache in the collection 'cache'; see init_cache")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -301,9 +301,9 @@ def init_cache(
     """
     _checks.instance("config", config, CacheConfig, PagedKVCache)
     kv = _cache.init(config) if isinstance(config, CacheConfig) else config
-    others, announced = _read(variables)
+    others, announced = _linen_state.take_announced(variables)
     if scanned_in is not None:
-        path, layers = _scanned_path(variables, scanned_in), ()
+        path, layers = _linen_state.scanned_path(variables, scanned_in), ()
         if announced or len(kv.groups) != 1:
             raise ValueError(
                 "scanned_in: expected all paged layers under the scan and one layer group, got "
@@ -353,9 +353,9 @@ def cache_config(
       >>> config.num_layers, config.num_kv_heads, config.head_dim, config.dtype.name
       (1, 2, 4, 'float32')
     """
-    _, announced = _read(variables)
+    _, announced = _linen_state.take_announced(variables)
     if scanned_in is not None:
-        shapes = _linen_state.scanned_shapes(variables, _scanned_path(variables, scanned_in))
+        shapes = _linen_state.scanned_shapes(variables, _linen_state.scanned_path(variables, scanned_in))
     else:
         layers = _linen_state.in_order(announced)
         layers.sort(key=lambda item: -1 if item[1] is None else item[1])  # indices of their own count
@@ -371,26 +371,6 @@ def cache_config(
             raise ValueError("num_layers: expected layers of one shape, which calls can count")
         shapes = shapes[:1] * num_layers
     return _forward.config_for(shapes, memory_bytes, arguments)
-
-
-def _read(variables: Any) -> tuple[dict[str, Any], dict[tuple[Path, int | None], _linen_state.Announced]]:
-    if not isinstance(variables, Mapping):
-        raise TypeError(f"variables: expected a mapping of collections, got {type(variables).__name__}")
-    return _linen_state.take_announced(variables)
-
-
-def _scanned_path(variables: Variables, path: Any) -> Path:
-    """A path of a module, checked against the parameters."""
-    if isinstance(path, str) or not all(isinstance(name, str) for name in path):
-        raise TypeError(f"scanned_in: expected a tuple of names, such as ('layers',), got {path!r}")
-    tree = variables.get("params", {})
-    for name in path if "params" in variables else ():
-        if name not in tree:
-            raise ValueError(
-                f"scanned_in: {'/'.join(path)} has no parameters; known there: {', '.join(tree)}"
-            )
-        tree = tree[name]
-    return tuple(path)
 
 
 def extend(
