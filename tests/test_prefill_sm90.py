@@ -49,6 +49,9 @@ CASES = {
         lens=(190, 130), query_lens=(100, 20), kv_heads=1, group=2, head_dim=96, page_size=128, causal=False,
         dtype=jnp.float16,
     ),
+    "head dim 96, odd ends": Case(
+        lens=(190, 30, 90), query_lens=(99, 21, 63), kv_heads=1, group=2, head_dim=96, page_size=32
+    ),
     "a window of all, not causal": Case(
         lens=(150,), query_lens=(70,), kv_heads=1, group=2, window=2**31 - 1, causal=False
     ),

@@ -25,6 +25,7 @@ from jaxlib.mlir.dialects import llvm, nvvm
 from paxcache._checks import default_device
 
 __all__ = [
+    "BOX_ALIGNMENT",
     "COPY_DTYPES",
     "THREADS",
     "DeviceLimits",
@@ -54,6 +55,7 @@ COPY_DTYPES = frozenset(
 )
 """What the copy engine moves and Mosaic has a type for."""
 THREADS = 128  # of a warpgroup
+BOX_ALIGNMENT = 128  # bytes: where a box of the copy engine may start in shared memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

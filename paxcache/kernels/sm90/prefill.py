@@ -36,6 +36,7 @@ from jax.custom_batching import sequential_vmap
 from paxcache import _quantize
 from paxcache._quantize import QuantizedPages
 from paxcache.kernels.sm90._mosaic import (
+    BOX_ALIGNMENT,
     THREADS,
     DeviceLimits,
     device_limits,
@@ -122,6 +123,11 @@ class Case:
     def chunk(self) -> int:
         """Columns of a swizzled row."""
         return 64 if self.head_dim % 64 == 0 else 32
+
+    @property
+    def output_padding(self) -> int:
+        """Rows that a consumer's output by rows has beyond its own, so that it can begin one row down."""
+        return 0 if self.head_dim * self.dtype.itemsize % BOX_ALIGNMENT == 0 else 2
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -659,7 +665,9 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
 
             @pl.when(count < ROWS)
             def _():
-                o_rows[wg] = out
+                # The copy engine reads from multiples of 128 bytes: rows of 192 must begin with an even one.
+                down = lax.rem(start, 2) if case.output_padding else 0
+                o_rows[wg, pl.ds(down, ROWS)] = out
                 plgpu.commit_smem()
                 at = start
                 size = ROWS // 2
@@ -668,7 +676,7 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
                     @pl.when(lax.bitwise_and(count, size) != 0)
                     def _(at=at, size=size):
                         target = refs["out"].at[pl.ds(token + at, size), head]
-                        plgpu.copy_smem_to_gmem(o_rows.at[wg, pl.ds(at, size)], target)
+                        plgpu.copy_smem_to_gmem(o_rows.at[wg, pl.ds(at + down, size)], target)
 
                     at = at + lax.bitwise_and(count, size)
                     size //= 2
@@ -687,7 +695,7 @@ def scratch_of(case: Case) -> dict[str, Any]:
     by_columns = (CONSUMERS, D // chunk, ROWS, chunk)
     tiled = plgpu.SMEM(by_columns, dtype, transforms=tiles)
     untiled = plgpu.SMEM(by_columns, dtype, transforms=tiles[1:])
-    by_rows = plgpu.SMEM((CONSUMERS, ROWS, D), dtype)
+    by_rows = plgpu.SMEM((CONSUMERS, ROWS + case.output_padding, D), dtype)
     if case.interpret is not None:
         shared: dict[str, Any] = {"queries": tiled, "output": (by_rows, tiled)}
     elif config.output_over_queries:

@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from paxcache.kernels.sm90._mosaic import (
+    BOX_ALIGNMENT,
     COPY_DTYPES,
     DeviceLimits,
     device_limits,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 MAX_BOX = 256  # elements along one axis of a strided copy
 ALIGNMENT = 16  # bytes: addresses and lengths of bulk copies, rows of strided ones
-BOX_ALIGNMENT = 128  # bytes: where a strided copy may start in shared memory
 SMEM_ALIGNMENT = 1024  # bytes: Mosaic's, for each buffer
 BLOCK_BYTES = 8192
 MAX_BLOCK_TOKENS = 8
