@@ -262,10 +262,10 @@ def plan(
         "plan",
         implementation,
         mosaic_gpu=lambda: Plan(
-            mosaic_gpu=_mosaic("attention_sm90", "make_plan", tables, *rows, **shapes, **heads)()
+            mosaic_gpu=_mosaic("sm90.attention", "make_plan", tables, *rows, **shapes, **heads)()
         ),
         triton=lambda: Plan(
-            triton=_triton("attention_triton", "make_plan", tables, *rows, **shapes, **heads)()
+            triton=_triton("triton.attention", "make_plan", tables, *rows, **shapes, **heads)()
         ),
         xla=lambda: Plan(xla=xla.make_plan(seq_lens, query_lens, max_pages=M, **shapes)),
     )
@@ -406,8 +406,8 @@ def paged_attention(
     out, lse = _dispatch(
         "paged_attention",
         implementation,
-        mosaic_gpu=_mosaic("attention_sm90", "paged_attention", *arrays, **more, plan=work.mosaic_gpu),
-        triton=_triton("attention_triton", "paged_attention", *arrays, **more, plan=work.triton),
+        mosaic_gpu=_mosaic("sm90.attention", "paged_attention", *arrays, **more, plan=work.mosaic_gpu),
+        triton=_triton("triton.attention", "paged_attention", *arrays, **more, plan=work.triton),
         xla=run_xla,
     )
     return (out, lse) if return_lse else out
@@ -469,12 +469,12 @@ def write_pages(
     slots = _checks.slots("slot_mapping", slot_mapping, "T", T=k.shape[0])
     k_pages, v_pages, k, v = _no_derivative("write_pages", (k_pages, v_pages, k, v))
     arrays, heads = (k_pages, v_pages, k, v, slots, layer), {"k_head": k_start, "v_head": v_start}
-    hopper = "quantize_sm90" if isinstance(k_pages, QuantizedPages) else "write_sm90"
+    hopper = "sm90.quantize" if isinstance(k_pages, QuantizedPages) else "sm90.write"
     k_pages, v_pages = _dispatch(
         "write_pages",
         implementation,
         mosaic_gpu=_mosaic(hopper, "write_pages", *arrays, **heads),
-        triton=_triton("write_triton", "write_pages", *arrays, **heads),
+        triton=_triton("triton.write", "write_pages", *arrays, **heads),
         xla=lambda: xla.write_pages(
             k_pages,
             v_pages,
@@ -546,8 +546,8 @@ def copy_pages(
     return _dispatch(
         "copy_pages",
         implementation,
-        mosaic_gpu=_mosaic("copy_sm90", "copy_pages", pages, src, dst),
-        triton=_triton("copy_triton", "copy_pages", pages, src, dst),
+        mosaic_gpu=_mosaic("sm90.copy", "copy_pages", pages, src, dst),
+        triton=_triton("triton.copy", "copy_pages", pages, src, dst),
         xla=lambda: xla.copy_pages(pages, src, dst),
     )
 
@@ -583,8 +583,8 @@ def gather_pages(
     return _dispatch(
         "gather_pages",
         implementation,
-        mosaic_gpu=_mosaic("copy_sm90", "gather_pages", pages, ids),
-        triton=_triton("copy_triton", "gather_pages", pages, ids),
+        mosaic_gpu=_mosaic("sm90.copy", "gather_pages", pages, ids),
+        triton=_triton("triton.copy", "gather_pages", pages, ids),
         xla=lambda: jax.tree.map(lambda p: xla.gather_pages(p, ids), pages),
     )
 
@@ -630,8 +630,8 @@ def scatter_pages(
     return _dispatch(
         "scatter_pages",
         implementation,
-        mosaic_gpu=_mosaic("copy_sm90", "scatter_pages", pages, ids, blocks),
-        triton=_triton("copy_triton", "scatter_pages", pages, ids, blocks),
+        mosaic_gpu=_mosaic("sm90.copy", "scatter_pages", pages, ids, blocks),
+        triton=_triton("triton.copy", "scatter_pages", pages, ids, blocks),
         xla=lambda: jax.tree.map(lambda p, b: xla.scatter_pages(p, ids, b), pages, blocks),
     )
 

@@ -20,7 +20,8 @@ import oracle
 import paxcache
 import timing
 import tune_kernels
-from paxcache.kernels import _mosaic, decode_sm90
+from paxcache.kernels.sm90 import _mosaic
+from paxcache.kernels.sm90 import decode as decode_sm90
 from timing import Contestant, Event, Report, Variant
 
 # Times in picoseconds. The second stream's kernel overlaps the first's last one; the line "XLA Ops" tells the same

@@ -15,7 +15,8 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.sharding import PartitionSpec
 
 import aot
-from paxcache.kernels import _mosaic, copy_sm90
+from paxcache.kernels.sm90 import _mosaic
+from paxcache.kernels.sm90 import copy as copy_sm90
 
 L, P = 2, 6
 RACES = _mosaic.interpreter(detect_races=True)

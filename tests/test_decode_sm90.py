@@ -15,7 +15,8 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 import aot
-from paxcache.kernels import _decode_plan_sm90, _mosaic, decode_sm90
+from paxcache.kernels.sm90 import _mosaic, decode_plan
+from paxcache.kernels.sm90 import decode as decode_sm90
 from rows import Case, assert_right, make_inputs, pool_shape
 
 CASES = {
@@ -266,7 +267,7 @@ def test_plan_visits_every_tile_once(piece_len, window, seed):
     pieces = {}
     for g, steps in enumerate(visited):
         size = [
-            max(piece_len // d.TILE, -(-n // _decode_plan_sm90.MAX_PIECES)) if piece_len else 10**9
+            max(piece_len // d.TILE, -(-n // decode_plan.MAX_PIECES)) if piece_len else 10**9
             for n in num_tiles
         ]
         mine = list(dict.fromkeys((b, h, t // size[b]) for b, h, t in steps))

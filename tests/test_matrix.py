@@ -10,8 +10,8 @@ import pytest
 
 import matrix
 from paxcache import ops
-from paxcache.kernels import _mosaic
-from paxcache.kernels._attention_sm90 import check_supported, query_dtype
+from paxcache.kernels.sm90 import _mosaic
+from paxcache.kernels.sm90.operands import check_supported, query_dtype
 
 
 @pytest.mark.gpu

@@ -16,16 +16,12 @@ from jax.sharding import PartitionSpec as Spec
 
 import aot
 import rows
-from paxcache.kernels import (
-    _decode_plan_sm90,
-    _mosaic,
-    _prefill_plan_sm90,
-    attention_sm90,
-    decode_sm90,
-    mixed_sm90,
-    prefill_sm90,
-)
-from paxcache.kernels._attention_sm90 import check_supported
+from paxcache.kernels.sm90 import _mosaic, decode_plan, prefill_plan
+from paxcache.kernels.sm90 import attention as attention_sm90
+from paxcache.kernels.sm90 import decode as decode_sm90
+from paxcache.kernels.sm90 import mixed as mixed_sm90
+from paxcache.kernels.sm90 import prefill as prefill_sm90
+from paxcache.kernels.sm90.operands import check_supported
 from rows import Case, make_inputs, pool_shape
 
 CASES = {
@@ -138,10 +134,10 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(decode_sm90, "default_config", small_decode)
 
 
-def busy_blocks(plan: _decode_plan_sm90.Plan) -> int:
+def busy_blocks(plan: decode_plan.Plan) -> int:
     """Thread blocks that decode in a launch of both kinds."""
     config = plan.made_for.config
-    return int(plan.lines[config.num_programs // config.lanes, _decode_plan_sm90.BUSY_BLOCKS])
+    return int(plan.lines[config.num_programs // config.lanes, decode_plan.BUSY_BLOCKS])
 
 
 @pytest.mark.parametrize(
@@ -212,9 +208,9 @@ def test_share_of_the_sms(lens, query_lens, decoding, prefilling):
     config = decode.made_for.config
     num_ranges, busy = config.num_programs // config.lanes, busy_blocks(decode)
     assert decoding[0] <= busy <= decoding[1]
-    assert prefilling[0] <= prefill.lines[0, _prefill_plan_sm90.PROGRAMS] <= prefilling[1]
+    assert prefilling[0] <= prefill.lines[0, prefill_plan.PROGRAMS] <= prefilling[1]
     # All tiles lie in ranges of blocks that have work.
-    tiles = np.asarray(decode.lines[:num_ranges, _decode_plan_sm90.TILES])
+    tiles = np.asarray(decode.lines[:num_ranges, decode_plan.TILES])
     assert tiles.sum() == sum(-(-n // 64) for n, q in zip(lens, query_lens, strict=True) if q == 1)
     assert not tiles[busy * config.consumers // config.lanes :].any()
 
@@ -262,7 +258,7 @@ def test_scale_that_is_not_positive(few_programs, sign):
 def test_under_vmap():
     case = Case(lens=(70,), query_lens=(64,), kv_heads=1, group=2)
     inputs = make_inputs(case, seed=0)
-    plan = _prefill_plan_sm90.prefill_plan(
+    plan = prefill_plan.prefill_plan(
         *(inputs[x] for x in ("block_tables", "seq_lens", "query_starts", "query_lens")),
         num_tokens=64,
         num_heads=2,
@@ -366,7 +362,7 @@ def test_plan_of_another_shape_is_not_used(few_programs):
 @pytest.mark.parametrize(("window", "causal"), [(None, True), (None, False), (90, True), (300, False)])
 def test_plan_covers_what_is_seen(seed, window, causal):
     """Every query token stands in one tile, whose blocks hold all that it sees; blocks unmasked are seen in full."""
-    p, rng = _prefill_plan_sm90, np.random.default_rng(seed)
+    p, rng = prefill_plan, np.random.default_rng(seed)
     queries = rng.choice([0, 1, 2, 63, 64, 65, 200, 511], 5)
     lens = queries + rng.choice([0, 1, 100, 640], 5)
     gaps = rng.integers(0, 3, 5)
@@ -493,7 +489,7 @@ def compile_case(case: Case) -> aot.Compiled:
 
     def f(out, lse, q, k, v, layer, tables, lens, starts, query_lens, scale, window, sinks):
         window = None if case.window is None else window
-        plan = _prefill_plan_sm90.prefill_plan(
+        plan = prefill_plan.prefill_plan(
             tables, lens, starts, query_lens, num_tokens=T, num_heads=H, num_kv_heads=case.kv_heads,
             page_size=case.page_size, sliding_window=window, causal=case.causal, config=config,
         )  # fmt: skip

@@ -19,7 +19,9 @@ from jax.sharding import PartitionSpec
 
 import aot
 from paxcache._quantize import FORMATS, QuantizedPages
-from paxcache.kernels import _mosaic, quantize_sm90, xla
+from paxcache.kernels import xla
+from paxcache.kernels.sm90 import _mosaic
+from paxcache.kernels.sm90 import quantize as quantize_sm90
 
 L, P, S = 2, 5, 8
 RACES = _mosaic.interpreter(detect_races=True)

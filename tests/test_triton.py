@@ -31,16 +31,13 @@ import catalogue
 import test_quantize
 from paxcache import ops
 from paxcache._quantize import FORMATS, QuantizedPages
-from paxcache.kernels import (
-    _attention,
-    _attention_triton,
-    _triton,
-    attention_triton,
-    copy_triton,
-    decode_triton,
-    prefill_triton,
-    write_triton,
-)
+from paxcache.kernels import _request
+from paxcache.kernels.triton import _tiles, _triton
+from paxcache.kernels.triton import attention as attention_triton
+from paxcache.kernels.triton import copy as copy_triton
+from paxcache.kernels.triton import decode as decode_triton
+from paxcache.kernels.triton import prefill as prefill_triton
+from paxcache.kernels.triton import write as write_triton
 
 KERNELS: tuple[Any, ...] = (copy_triton, decode_triton, prefill_triton, write_triton)
 tl: Any = _triton.tl
@@ -97,7 +94,7 @@ def test_devices_that_are_none_are_refused(platform, capability, message):
 # Plans.
 
 
-def shape_of(**changes: Any) -> _attention_triton.Shape:
+def shape_of(**changes: Any) -> _tiles.Shape:
     """What is static of a call."""
     shape: dict[str, Any] = {
         "num_heads": 32,
@@ -111,7 +108,7 @@ def shape_of(**changes: Any) -> _attention_triton.Shape:
         "q_dtype": jnp.dtype(jnp.bfloat16),
         "kv_dtype": jnp.dtype(jnp.bfloat16),
     }
-    return _attention_triton.Shape(**shape | changes)
+    return _tiles.Shape(**shape | changes)
 
 
 def walk(plan: decode_triton.Plan) -> list[list[tuple[int, int, int]]]:
@@ -235,17 +232,17 @@ def test_a_plan_made_without_the_query_heads_fits(queries, group, form):
         pool = quantized_pages(pool, jax.ShapeDtypeStruct((1, 5, K, S), jnp.float32))
     q = jax.ShapeDtypeStruct((tokens, K * group, D), jnp.bfloat16)
     step = attention_triton._Step(
-        shape=_attention_triton.shape_of(q, pool, pool),
+        shape=_tiles.shape_of(q, pool, pool),
         num_rows=B,
         num_tokens=tokens,
         max_query_len=queries,
         windowed=False,
         limits=SMALL,
     )
-    assert _attention.fitting(plan.decode, step.decode()[1]) is not None
+    assert _request.fitting(plan.decode, step.decode()[1]) is not None
     assert step.is_mixed == (queries > 16)
     if step.is_mixed:
-        assert _attention.fitting(plan.prefill, step.prefill()[1]) is not None
+        assert _request.fitting(plan.prefill, step.prefill()[1]) is not None
 
 
 # Compiled, without a GPU.

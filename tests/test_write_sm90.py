@@ -15,7 +15,8 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.sharding import PartitionSpec
 
 import aot
-from paxcache.kernels import _mosaic, write_sm90
+from paxcache.kernels.sm90 import _mosaic
+from paxcache.kernels.sm90 import write as write_sm90
 
 L, P, S = 2, 5, 8
 RACES = _mosaic.interpreter(detect_races=True)

@@ -381,7 +381,7 @@ def stream_reader(num_programs: int, interpret: Any = None) -> Callable[[jax.Arr
 
     Returns the beginning of the last chunk of each program, so that there is something to check.
     """
-    from paxcache.kernels._mosaic import pl, plgpu  # noqa: PLC0415
+    from paxcache.kernels.sm90._mosaic import pl, plgpu  # noqa: PLC0415
 
     def kernel(count_ref, source_ref, out_ref, buffer, loaded):
         program = lax.axis_index("program")

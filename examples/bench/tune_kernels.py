@@ -218,7 +218,8 @@ def main(arguments: list[str] | None = None) -> dict[tuple[str, str], Search]:
     found: dict[tuple[str, str], Search] = {}
     for kernel in args.kernel:
         neighbours, section, backend = KERNELS[kernel]
-        module = importlib.import_module(f"paxcache.kernels.{kernel.partition(' ')[0]}")
+        operation, _, package = kernel.partition(" ")[0].rpartition("_")
+        module = importlib.import_module(f"paxcache.kernels.{package}.{operation}")
         for name, build, wrong in cases(kernel, section, backend, args.quick, args.seed):
             if args.case and name not in args.case:
                 continue

@@ -35,19 +35,7 @@ from jax.custom_batching import sequential_vmap
 
 from paxcache import _quantize
 from paxcache._quantize import QuantizedPages
-from paxcache.kernels._attention_sm90 import LOG2E, check_supported, num_parts, soft_cap
-from paxcache.kernels._inline_sm90 import (
-    dequantize,
-    fill_parts,
-    gather,
-    keep_columns,
-    recomputed,
-    scaled_halves,
-    store_slices,
-    widen,
-    zero_rows,
-)
-from paxcache.kernels._mosaic import (
+from paxcache.kernels.sm90._mosaic import (
     BOX_ALIGNMENT,
     THREADS,
     DeviceLimits,
@@ -58,7 +46,11 @@ from paxcache.kernels._mosaic import (
     pl,
     plgpu,
 )
-from paxcache.kernels._prefill_plan_sm90 import (
+from paxcache.kernels.sm90.inline.matrices import fill_parts, keep_columns, scaled_halves, widen
+from paxcache.kernels.sm90.inline.memory import gather, recomputed
+from paxcache.kernels.sm90.inline.tiles import dequantize, store_slices, zero_rows
+from paxcache.kernels.sm90.operands import LOG2E, check_supported, num_parts, soft_cap
+from paxcache.kernels.sm90.prefill_plan import (
     BLOCKS,
     CONSUMERS,
     COUNT,
@@ -367,9 +359,11 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
             token = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=EACH_THREAD)
             token = jnp.minimum(token, block - 1) + block_start(line, t)
             entry = jnp.clip(lax.div(token, jnp.full_like(token, S)), *pages_in_sight(line))
-            page = gather(refs["flat_tables"], entry + plan[line, ROW] * case.max_pages, EACH_THREAD)
+            page = gather(
+                refs["flat_tables"], entry + plan[line, ROW] * case.max_pages, EACH_THREAD, interpreted=False
+            )
             index = scale_index(line, head_item, page, token)
-            return tuple(gather(refs[name], index, EACH_THREAD) for name in SCALES)
+            return tuple(gather(refs[name], index, EACH_THREAD, interpreted=False) for name in SCALES)
 
         def put_scales(round_id, t, fetched):
             """Puts the scales of block t into shared memory."""

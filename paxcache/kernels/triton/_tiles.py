@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from paxcache._quantize import FORMATS, QuantizedPages
-from paxcache.kernels._triton import Limits, as_bytes, constant, jit, next_power_of_2, tl
+from paxcache.kernels.triton._triton import Limits, as_bytes, constant, jit, next_power_of_2, tl
 
 LOG2E = constant(1.4426950408889634)  # exp(x) is exp2(LOG2E * x), which the hardware has
 LN2 = constant(0.6931471805599453)

@@ -18,10 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from paxcache._quantize import QuantizedPages
-from paxcache.kernels import _decode_plan_sm90, _prefill_plan_sm90, decode_sm90, mixed_sm90, prefill_sm90
-from paxcache.kernels._attention import FEW_QUERIES, Step, fitting, groups
-from paxcache.kernels._attention_sm90 import check_supported, num_parts, query_dtype
-from paxcache.kernels._mosaic import DeviceLimits, device_limits
+from paxcache.kernels._request import FEW_QUERIES, Step, fitting, groups
+from paxcache.kernels.sm90 import decode as decode_sm90
+from paxcache.kernels.sm90 import decode_plan, prefill_plan
+from paxcache.kernels.sm90 import mixed as mixed_sm90
+from paxcache.kernels.sm90 import prefill as prefill_sm90
+from paxcache.kernels.sm90._mosaic import DeviceLimits, device_limits
+from paxcache.kernels.sm90.operands import check_supported, num_parts, query_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
@@ -35,8 +38,8 @@ if TYPE_CHECKING:
 class Plan:
     """The work of a step for both kernels; of several plans attention takes the one that fits."""
 
-    decode: tuple[_decode_plan_sm90.Plan, ...]
-    prefill: tuple[_prefill_plan_sm90.Plan, ...]
+    decode: tuple[decode_plan.Plan, ...]
+    prefill: tuple[prefill_plan.Plan, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,7 @@ class _Shapes(Step):
         """Query tokens, at least a tile of the prefill kernel."""
         if not self.is_mixed:
             return self.num_tokens
-        return max(self.num_tokens, _prefill_plan_sm90.tile_tokens(self.num_heads, self.num_kv_heads))
+        return max(self.num_tokens, prefill_plan.tile_tokens(self.num_heads, self.num_kv_heads))
 
     def _own_shapes(self) -> dict[str, Any]:
         return {
@@ -88,7 +91,7 @@ class _Shapes(Step):
         }
 
     @functools.cached_property
-    def configs(self) -> tuple[_decode_plan_sm90.Config, _prefill_plan_sm90.Config]:
+    def configs(self) -> tuple[decode_plan.Config, prefill_plan.Config]:
         """Of decode and of prefill, together in a launch if they can be."""
         more = {"head_dim": self.head_dim, "dtype": self.dtype, "limits": self.limits}
         decode = decode_sm90.default_config(**self._own_shapes(), num_heads=self.num_heads, **more)
@@ -111,13 +114,11 @@ class _Shapes(Step):
             "config": self.configs[1],
         }
 
-    def decode_shape(self) -> _decode_plan_sm90.Shape:
-        return _decode_plan_sm90.plan_shape(
-            num_rows=self.decode_rows, windowed=self.windowed, **self.for_decode()
-        )
+    def decode_shape(self) -> decode_plan.Shape:
+        return decode_plan.plan_shape(num_rows=self.decode_rows, windowed=self.windowed, **self.for_decode())
 
-    def prefill_shape(self) -> _prefill_plan_sm90.Shape:
-        return _prefill_plan_sm90.plan_shape(num_rows=self.num_rows, **self.for_prefill())
+    def prefill_shape(self) -> prefill_plan.Shape:
+        return prefill_plan.plan_shape(num_rows=self.num_rows, **self.for_prefill())
 
 
 def _rows_of_decode(rows: Rows, shapes: _Shapes, causal: bool) -> Rows:
@@ -131,7 +132,7 @@ def _rows_of_decode(rows: Rows, shapes: _Shapes, causal: bool) -> Rows:
         )
     tables, seq_lens, starts, lens = rows
     parts = jnp.maximum(-(-lens // FEW_QUERIES), 1)
-    row, number, _ = _prefill_plan_sm90.items_of_rows(parts, shapes.decode_rows)
+    row, number, _ = prefill_plan.items_of_rows(parts, shapes.decode_rows)
     queries = lens[row]
     begin = jnp.minimum(number * FEW_QUERIES, queries)  # past the last: nothing
     end = jnp.minimum(begin + FEW_QUERIES, queries)
@@ -183,8 +184,8 @@ def make_plan(
         limits=limits,
     )
     rows = block_tables, seq_lens, query_starts, query_lens
-    decode: dict[Any, _decode_plan_sm90.Plan] = {}
-    prefill: dict[Any, _prefill_plan_sm90.Plan] = {}
+    decode: dict[Any, decode_plan.Plan] = {}
+    prefill: dict[Any, prefill_plan.Plan] = {}
     for group in groups(num_heads, num_kv_heads):
         shapes = _Shapes(
             num_rows=block_tables.shape[0],
@@ -212,12 +213,12 @@ def make_plan(
             decode[of_decode.made_for], prefill[of_prefill.made_for] = of_decode, of_prefill
             continue
         if shapes.decode_shape() not in decode:
-            plan = _decode_plan_sm90.decode_plan(
+            plan = decode_plan.decode_plan(
                 *_rows_of_decode(rows, shapes, causal), **for_decode, sliding_window=sliding_window
             )
             decode[plan.made_for] = plan
         if shapes.is_mixed and shapes.prefill_shape() not in prefill:
-            plan = _prefill_plan_sm90.prefill_plan(
+            plan = prefill_plan.prefill_plan(
                 *rows, **for_prefill, page_size=page_size, sliding_window=sliding_window, causal=causal
             )
             prefill[plan.made_for] = plan

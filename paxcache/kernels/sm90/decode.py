@@ -43,13 +43,12 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 
 from paxcache._quantize import QuantizedPages
-from paxcache.kernels._attention_sm90 import (
-    LOG2E,
-    check_supported,
-    parts_of,
-    soft_cap,
+from paxcache.kernels.sm90._mosaic import (
+    off_mesh,
+    pl,
+    plgpu,
 )
-from paxcache.kernels._decode_case_sm90 import (
+from paxcache.kernels.sm90.decode_case import (
     FLOAT_COLUMNS,
     NOTES,
     WARPS,
@@ -57,7 +56,7 @@ from paxcache.kernels._decode_case_sm90 import (
     default_config,
     scratch_of,
 )
-from paxcache.kernels._decode_plan_sm90 import (
+from paxcache.kernels.sm90.decode_plan import (
     BUSY_BLOCKS,
     COUNTER_SETS,
     FIRST,
@@ -91,21 +90,21 @@ from paxcache.kernels._decode_plan_sm90 import (
     decode_plan,
     tiles_of_piece,
 )
-from paxcache.kernels._inline_sm90 import (
-    arrive,
+from paxcache.kernels.sm90.inline.matrices import reduce_columns
+from paxcache.kernels.sm90.inline.memory import arrive, store_arrays
+from paxcache.kernels.sm90.inline.tiles import (
     load_bytes,
     load_floats,
-    reduce_columns,
-    store_arrays,
     store_queries,
     store_transposed,
     store_untransposed,
     zero_rows,
 )
-from paxcache.kernels._mosaic import (
-    off_mesh,
-    pl,
-    plgpu,
+from paxcache.kernels.sm90.operands import (
+    LOG2E,
+    check_supported,
+    parts_of,
+    soft_cap,
 )
 
 if TYPE_CHECKING:

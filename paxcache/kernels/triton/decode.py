@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from paxcache.kernels._attention_triton import (
+from paxcache.kernels.triton._tiles import (
     LOG2E,
     Shape,
     capped,
@@ -36,7 +36,16 @@ from paxcache.kernels._attention_triton import (
     product,
     shape_of,
 )
-from paxcache.kernels._triton import Limits, call, constant, device_limits, jit, next_power_of_2, scalar, tl
+from paxcache.kernels.triton._triton import (
+    Limits,
+    call,
+    constant,
+    device_limits,
+    jit,
+    next_power_of_2,
+    scalar,
+    tl,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32

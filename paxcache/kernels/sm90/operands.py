@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from paxcache import _quantize
-from paxcache.kernels._inline_sm90 import reciprocal
-from paxcache.kernels._mosaic import DeviceLimits, device_limits, require_hopper
+from paxcache.kernels.sm90._mosaic import DeviceLimits, device_limits, require_hopper
+from paxcache.kernels.sm90.inline.matrices import reciprocal
 
 LOG2E = math.log2(math.e)  # exp(x) is exp2(LOG2E * x), which the hardware has
 _HALF = (jnp.bfloat16, jnp.float16)

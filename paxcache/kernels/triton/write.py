@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paxcache._quantize import QuantizedPages
-from paxcache.kernels._triton import (
+from paxcache.kernels.triton._triton import (
     Limits,
     as_bytes,
     call,

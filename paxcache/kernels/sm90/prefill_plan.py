@@ -70,6 +70,7 @@ class Plan:
 
 
 def heads_of_program(num_heads: int, num_kv_heads: int) -> int:
+    """Query heads of a program: one for each consumer, or one for both."""
     return CONSUMERS if num_heads // num_kv_heads % CONSUMERS == 0 else 1
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from paxcache.kernels._mosaic import (
+from paxcache.kernels.sm90._mosaic import (
     BOX_ALIGNMENT,
     COPY_DTYPES,
     DeviceLimits,
@@ -29,7 +29,7 @@ from paxcache.kernels._mosaic import (
     plgpu,
     require_hopper,
 )
-from paxcache.kernels._write_sm90 import Pairs, pairs, run
+from paxcache.kernels.sm90._write_run import Pairs, pairs, run
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int, Int32, Shaped

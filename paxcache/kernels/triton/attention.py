@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from paxcache._quantize import BY_DTYPE
-from paxcache.kernels import decode_triton, prefill_triton
-from paxcache.kernels._attention import Step, fitting, groups
-from paxcache.kernels._attention_triton import Shape, shape_of
-from paxcache.kernels._triton import Limits, device_limits
+from paxcache.kernels._request import Step, fitting, groups
+from paxcache.kernels.triton import decode as decode_triton
+from paxcache.kernels.triton import prefill as prefill_triton
+from paxcache.kernels.triton._tiles import Shape, shape_of
+from paxcache.kernels.triton._triton import Limits, device_limits
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from paxcache.kernels._mosaic import (
+from paxcache.kernels.sm90._mosaic import (
     COPY_DTYPES,
     DeviceLimits,
     device_limits,

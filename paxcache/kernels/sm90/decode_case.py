@@ -11,9 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from paxcache import _quantize
-from paxcache.kernels._attention_sm90 import num_parts, operand_dtype, query_dtype
-from paxcache.kernels._decode_plan_sm90 import MAX_PIECES, TILE, Config
-from paxcache.kernels._mosaic import DeviceLimits, device_limits, matrix_tiles, pl, plgpu
+from paxcache.kernels.sm90._mosaic import DeviceLimits, device_limits, matrix_tiles, pl, plgpu
+from paxcache.kernels.sm90.decode_plan import MAX_PIECES, TILE, Config
+from paxcache.kernels.sm90.operands import num_parts, operand_dtype, query_dtype
 
 WARPS = 4  # of a warpgroup
 SHARED_ACCUMULATOR = 16 * 128  # columns times head dim that let two programs share an SM,

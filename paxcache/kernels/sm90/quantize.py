@@ -22,13 +22,7 @@ import numpy as np
 from jax import lax
 
 from paxcache._quantize import Format, QuantizedPages
-from paxcache.kernels._inline_sm90 import (
-    gather,
-    issue_loads,
-    row_layout,
-    scatter,
-)
-from paxcache.kernels._mosaic import (
+from paxcache.kernels.sm90._mosaic import (
     THREADS,
     DeviceLimits,
     device_limits,
@@ -37,7 +31,8 @@ from paxcache.kernels._mosaic import (
     plgpu,
     require_hopper,
 )
-from paxcache.kernels._write_sm90 import pairs, run
+from paxcache.kernels.sm90._write_run import pairs, run
+from paxcache.kernels.sm90.inline.memory import gather, issue_loads, row_layout, scatter
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Int32

@@ -20,14 +20,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import sequential_vmap
 
-from paxcache.kernels import _decode_plan_sm90, _prefill_plan_sm90, decode_sm90, prefill_sm90
-from paxcache.kernels._decode_case_sm90 import padded_head_dim
-from paxcache.kernels._mosaic import DeviceLimits, off_mesh, pl, plgpu
+from paxcache.kernels.sm90 import decode as decode_sm90
+from paxcache.kernels.sm90 import decode_plan, prefill_plan
+from paxcache.kernels.sm90 import prefill as prefill_sm90
+from paxcache.kernels.sm90._mosaic import DeviceLimits, off_mesh, pl, plgpu
+from paxcache.kernels.sm90.decode_case import padded_head_dim
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32
 
-WARPGROUPS = _prefill_plan_sm90.CONSUMERS + 1  # of a block, of either kind
+WARPGROUPS = prefill_plan.CONSUMERS + 1  # of a block, of either kind
 STREAM_BYTES = 120 * 1024
 """What decode reads on an SM while prefill multiplies 128 queries with a block of 128 keys of 128, on an H200."""
 MOST_READERS = 64
@@ -36,13 +38,13 @@ SHARED = "layer", "scale", "tables", "q", "k", "v", "window"  # inputs of both k
 
 
 def configs(
-    decode: _decode_plan_sm90.Config,
-    prefill: _prefill_plan_sm90.Config,
+    decode: decode_plan.Config,
+    prefill: prefill_plan.Config,
     *,
     group: int,
     head_dim: int,
     limits: DeviceLimits,
-) -> tuple[_decode_plan_sm90.Config, _prefill_plan_sm90.Config] | None:
+) -> tuple[decode_plan.Config, prefill_plan.Config] | None:
     """The launch configurations of both kinds in one launch, from those of launches of their own; None: it cannot be.
 
     What fits twice on an SM fits into one thread block: two of decode's programs, with the same bytes in flight. Both
@@ -64,7 +66,7 @@ def make_plans(
     kv_head_bytes: int,
     sliding_window: Int32[Array, ""] | int | None,
     causal: bool,
-) -> tuple[_decode_plan_sm90.Plan, _prefill_plan_sm90.Plan]:
+) -> tuple[decode_plan.Plan, prefill_plan.Plan]:
     """The plans of both kinds, with a share of the SMs for each, on the device.
 
     Args:
@@ -75,11 +77,11 @@ def make_plans(
     """
     config, prefill_config = for_decode["config"], for_prefill["config"]
     options = {"page_size": for_decode["page_size"], "sliding_window": sliding_window, "causal": causal}
-    prefill = _prefill_plan_sm90.prefill_plan(*rows, **for_prefill, **options)
+    prefill = prefill_plan.prefill_plan(*rows, **for_prefill, **options)
 
     heads, kv_heads = for_prefill["num_heads"], for_prefill["num_kv_heads"]
-    head_items = heads // _prefill_plan_sm90.heads_of_program(heads, kv_heads)
-    tiles = prefill.lines[1:, _prefill_plan_sm90.BLOCKS]
+    head_items = heads // prefill_plan.heads_of_program(heads, kv_heads)
+    tiles = prefill.lines[1:, prefill_plan.BLOCKS]
     is_tile = jnp.arange(len(tiles)) < prefill.lines[0, 0]
     blocks = jnp.sum(jnp.where(is_tile, tiles, 0)).astype(jnp.float32) * head_items
 
@@ -90,11 +92,11 @@ def make_plans(
     block_bytes = STREAM_BYTES * prefill_config.block_kv * kv_head_bytes / (128 * 512)
     reading = jnp.sum(seen.astype(jnp.float32)) * (kv_heads * kv_head_bytes / block_bytes)
     ranges = jnp.arange(1, config.num_programs // config.lanes + 1)
-    sms = _decode_plan_sm90.busy_blocks(config, ranges)
+    sms = decode_plan.busy_blocks(config, ranges)
     num_ranges, num_programs = _share(reading, blocks, ranges, sms, prefill_config.num_programs)
 
-    lines = prefill.lines.at[0, _prefill_plan_sm90.PROGRAMS].set(num_programs)
-    decode = _decode_plan_sm90.decode_plan(
+    lines = prefill.lines.at[0, prefill_plan.PROGRAMS].set(num_programs)
+    decode = decode_plan.decode_plan(
         *rows, **for_decode, sliding_window=sliding_window, num_ranges=num_ranges
     )
     return decode, dataclasses.replace(prefill, lines=lines)
@@ -129,8 +131,8 @@ def attend(
     query_lens: Any,
     *,
     return_lse: bool,
-    decode_plan: _decode_plan_sm90.Plan,
-    prefill_plan: _prefill_plan_sm90.Plan,
+    decode_plan: decode_plan.Plan,
+    prefill_plan: prefill_plan.Plan,
     **options: Any,
 ) -> tuple[Any, Any]:
     """Attention of rows with one query token and of rows with more; arguments and results are those of `decode`.
@@ -168,7 +170,7 @@ def _role(block: Any, plan: Any, decode: decode_sm90.Case, num_sms: int) -> tupl
     The first blocks, one an SM, go to SMs that lie together, so blocks of both kinds take turns. The others find an SM
     when these end: they prefill where decode had all SMs, or else count as decode's, without work.
     """
-    busy = plan[decode.num_ranges, _decode_plan_sm90.BUSY_BLOCKS]
+    busy = plan[decode.num_ranges, decode_plan.BUSY_BLOCKS]
     is_first, at = block < num_sms, jnp.minimum(block, num_sms)
     before = lax.div(at * busy, num_sms)
     takes_turn = lax.div((at + 1) * busy, num_sms) > before

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from paxcache.kernels._triton import (
+from paxcache.kernels.triton._triton import (
     Limits,
     as_bytes,
     call,

@@ -1,0 +1,1 @@
+"""The ops for NVIDIA GPUs from Ampere on, in Triton."""
