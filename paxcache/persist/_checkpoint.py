@@ -12,6 +12,7 @@ besides is left alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -166,7 +167,16 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
             if _is_ours(state):
                 state.rmtree()
     except Exception as error:  # Orbax raises what it met
+        _sweep(root)  # the disk may be full
         raise OSError(f"path: could not save to {os.fspath(path)!r}: {error}") from error
+
+
+def _sweep(root: epath.Path) -> None:
+    """Empties what a save that failed has left, as far as it can. Its number stays taken until the next save."""
+    with contextlib.suppress(Exception):
+        for leftover in _numbered(root, _LEFTOVER).values():
+            for entry in leftover.iterdir():
+                entry.rmtree() if entry.is_dir() else entry.unlink()
 
 
 def load(path: str | os.PathLike[str], target: Any = None) -> Any:
