@@ -263,14 +263,19 @@ def _load(place: epath.Path, target: Any) -> Any:
     found = jax.device_get({number: _checksum(x) for number, x in arrays.items()})
     for number, sum_ in found.items():
         _check_sum(stored[number].path, int(sum_), sums[number])
-    return reader.build(
-        {
-            number: arrays[str(number)]
-            if str(number) in arrays
-            else jax.device_put(jnp.zeros(w.shape, w.dtype), w.sharding or _place(w.memory_kind))
-            for number, w in wanted.items()  # Orbax stores no empty arrays
-        }
-    )
+    everything = {
+        number: arrays[str(number)] if str(number) in arrays else _empty(w) for number, w in wanted.items()
+    }
+    return reader.build(everything)
+
+
+def _empty(wanted: _tree_json.Wanted) -> jax.Array:
+    """An array without elements, which Orbax does not store."""
+    try:
+        array = jnp.zeros(wanted.shape, wanted.dtype)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise MalformedError(f"expected a shape, got {wanted.shape} at {wanted.path}") from error
+    return jax.device_put(array, wanted.sharding or _place(wanted.memory_kind))
 
 
 def _check_files(place: epath.Path) -> int | None:
