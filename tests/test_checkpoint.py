@@ -141,6 +141,17 @@ def test_an_index_shares_and_orders_as_before(tmp_path):
         assert all(type(part) in (int, bool, float) for key, _ in _tree.items(order) for part in key)
 
 
+def test_an_index_that_was_published_page_by_page_is_not_too_deep(tmp_path):
+    """A node remembers each publish of its run, one within the other."""
+    config = config_of(group(num_layers=1), num_pages=100, max_pages_per_seq=100)
+    cache, index = paxcache.init(config), prefix.init(config)
+    for num_tokens in range(4, 400, 4):
+        cache, _ = paxcache.extend(cache, ids(4, 0, 0, 0), max_query_len=4)
+        cache, index = prefix.publish(cache, index, 0, range(num_tokens))
+    persist.save(tmp_path, {"serving": [{"index": index}]})
+    assert_equal(persist.load(tmp_path), {"serving": [{"index": index}]})
+
+
 @jax.jit
 def decode(state: dict[str, Any]) -> dict[str, Any]:
     """Draws a token for each row with a small model, whose logits depend on all keys and values."""
@@ -421,6 +432,8 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path):
     persist.save(tmp_path, old)
     with full_disk(20_000), pytest.raises(OSError, match="path: could not save to"):
         persist.save(tmp_path, new)
+    (left,) = tmp_path.glob("*orbax-checkpoint-tmp*")
+    assert not list(left.iterdir())  # the disk may be full
     assert_equal(persist.load(tmp_path), old)
     persist.save(tmp_path, new)
     assert_equal(persist.load(tmp_path), new)

@@ -274,7 +274,7 @@ def test_what_is_no_description_is_one_clear_error(saved, text, message):
 
 def test_values_of_other_shapes_and_types_than_were_saved(saved):
     """Within the state, where all else is right: by name, the part of it and what is changed there."""
-    x, cache, index, tier = (node_of(saved, name) for name in ("x", "cache", "index", "tier"))
+    x, none, cache, index, tier = (node_of(saved, name) for name in ("x", "none", "cache", "index", "tier"))
     assert x[:4] == ["array", 0, "float32", [2, 3]]
     nodes = index[2 + saved[2]["types"]["Index"].index("nodes")]
     assert nodes[:2] == ["tuple", 0]
@@ -285,6 +285,7 @@ def test_values_of_other_shapes_and_types_than_were_saved(saved):
         ("x", [*x[:2], "int32", [2, 3], None], "damaged: expected .*in arrays, got"),
         ("x", [*x[:3], [0, 3], None], "expected checksums of arrays"),
         ("none", x, "expected each array once, got 0 again"),
+        ("none", [*none[:3], [0, 2**70], None], r"expected a shape, got .* at tree\['none'\]"),
         (
             "cache",
             with_field(cache, saved, "seq_lens", 3),

@@ -12,6 +12,7 @@ besides is left alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -166,7 +167,16 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
             if _is_ours(state):
                 state.rmtree()
     except Exception as error:  # Orbax raises what it met
+        _sweep(root)  # the disk may be full
         raise OSError(f"path: could not save to {os.fspath(path)!r}: {error}") from error
+
+
+def _sweep(root: epath.Path) -> None:
+    """Empties what a save that failed has left, as far as it can. Its number stays taken until the next save."""
+    with contextlib.suppress(Exception):
+        for leftover in _numbered(root, _LEFTOVER).values():
+            for entry in leftover.iterdir():
+                entry.rmtree() if entry.is_dir() else entry.unlink()
 
 
 def load(path: str | os.PathLike[str], target: Any = None) -> Any:
@@ -253,14 +263,19 @@ def _load(place: epath.Path, target: Any) -> Any:
     found = jax.device_get({number: _checksum(x) for number, x in arrays.items()})
     for number, sum_ in found.items():
         _check_sum(stored[number].path, int(sum_), sums[number])
-    return reader.build(
-        {
-            number: arrays[str(number)]
-            if str(number) in arrays
-            else jax.device_put(jnp.zeros(w.shape, w.dtype), w.sharding or _place(w.memory_kind))
-            for number, w in wanted.items()  # Orbax stores no empty arrays
-        }
-    )
+    everything = {
+        number: arrays[str(number)] if str(number) in arrays else _empty(w) for number, w in wanted.items()
+    }
+    return reader.build(everything)
+
+
+def _empty(wanted: _tree_json.Wanted) -> jax.Array:
+    """An array without elements, which Orbax does not store."""
+    try:
+        array = jnp.zeros(wanted.shape, wanted.dtype)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise MalformedError(f"expected a shape, got {wanted.shape} at {wanted.path}") from error
+    return jax.device_put(array, wanted.sharding or _place(wanted.memory_kind))
 
 
 def _check_files(place: epath.Path) -> int | None:
