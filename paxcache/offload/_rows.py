@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import secrets
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +115,7 @@ def account(name: str, num_groups: int, num_pages: int | tuple[int, ...], memory
     # A ticket that is out holds a page at least.
     serials = jnp.full(max(sum(capacity), 1), NO_PAGE, jnp.int32)
     used = jnp.zeros(len(capacity), jnp.int32)
-    identity: Any = np.array(secrets.randbelow(INT32_MAX), np.int32)
+    identity = jnp.int32(secrets.randbelow(INT32_MAX))
     return Host(jnp.array(capacity, jnp.int32), used, serials, jnp.int32(0), identity, memory_kind)
 
 
@@ -207,21 +207,10 @@ def preempt(
         bounds = tuple(min(g.ref_counts.shape[0], most) for g in cache.groups)
     else:
         bounds = _read_bounds(cache, host, rows)
-    new, account, ticket, ids = _integers_only(_preempt, cache, host, rows, bounds)
+    new, host, ticket, ids = _integers_only(_preempt, cache, host, rows, bounds)
     blocks = _pages.copy_out(_pages.pages_of(cache), ids, host.memory_kind, implementation, by_layer)
     extent = dataclasses.replace(ticket.extent, blocks=blocks)
-    ticket = dataclasses.replace(ticket, extent=extent)
-    return new, _identified(account, host), _identified(ticket, host)
-
-
-def _identified[T: (Host, Ticket)](made: T, host: Host) -> T:
-    """Keeps an identity on the host, where `init` drew it: to read it there waits for no program.
-
-    One on the device is the program's own array, so that the account may be donated and the ticket stays.
-    """
-    if isinstance(host.identity, np.ndarray):
-        return dataclasses.replace(made, identity=host.identity)
-    return made
+    return new, host, dataclasses.replace(ticket, extent=extent)
 
 
 def _read_bounds(cache: PagedKVCache, host: Host, rows: Int32[Array, "N"]) -> tuple[int, ...]:
@@ -355,9 +344,9 @@ def take_rows(
     bare = dataclasses.replace(ticket, extent=Extent((), ticket.extent.held))
     if arriving:
         cache = dataclasses.replace(cache, epochs=row_epochs(cache))
-    new, account, targets, marks, ok = _integers_only(_resume, cache, host, bare, rows, arriving)
+    new, host, targets, marks, ok = _integers_only(_resume, cache, host, bare, rows, arriving)
     waiting = Waiting(marks, ticket.epochs, ticket.block_tables)
-    return new, _identified(account, host), targets, waiting, ok
+    return new, host, targets, waiting, ok
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -423,8 +412,7 @@ def discard(host: Host, ticket: Ticket) -> tuple[Host, Bool[Array, ""]]:
     """
     _check_ticket(host, ticket)
     bare = dataclasses.replace(ticket, extent=Extent((), ticket.extent.held))
-    account, ok = _discard(host, bare)
-    return _identified(account, host), ok
+    return _discard(host, bare)
 
 
 @jax.jit
