@@ -298,9 +298,11 @@ def linen_pieces() -> tuple[Any, Any]:
 @pytest.mark.parametrize("pieces", [nnx_pieces, linen_pieces], ids=["nnx", "linen"])
 def test_models_of_flax(pieces):
     make, reference = pieces()
-    paxcache.check_model(*make(call=with_positions), make_config(), TOKENS, reference=reference)
+    fn, params = make(call=with_positions)
+    paxcache.check_model(fn, params, make_config(), TOKENS, reference=reference)
+    fn, params = make()
     with pytest.raises(ValueError, match="arange over an axis of length 1"):
-        paxcache.check_model(*make(), make_config(), TOKENS)
+        paxcache.check_model(fn, params, make_config(), TOKENS)
 
 
 @pytest.mark.parametrize(
