@@ -412,7 +412,9 @@ def _filled(cache: PagedKVCache, value: float) -> PagedKVCache:
         def leaf(x):
             if not _is_pool(x, pages):
                 return x
-            return jnp.full_like(x, value if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min)
+            return jnp.full_like(
+                x, value if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min
+            )
 
         return jax.tree.map(leaf, pages)
 

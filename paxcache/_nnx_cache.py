@@ -24,8 +24,8 @@ class PagedCache(nnx.Module, pytree=False):
     """A paged KV cache, and the step of the forward pass under way, shared by reference by a model's layers.
 
     All its state is one variable of type `CacheState`, an `nnx.Cache`. Between two passes that state has always the
-    same structure, so it can be the carry of a `lax.while_loop`. It is no pytree: a plain `jax.jit` of a model would
-    give each layer a copy and lose what is written, so it raises a TypeError that says what to write instead.
+    same structure, so it can be the carry of a `lax.while_loop`. A plain `jax.jit` of a model would give each layer a
+    copy and lose what is written, so it raises a TypeError that says what to write instead.
 
     Args:
       cache: a `CacheConfig`, for a new cache, or a `PagedKVCache`.
@@ -132,7 +132,7 @@ class PagedCache(nnx.Module, pytree=False):
         self.kv = self.kv
 
 
-def _refuse_to_flatten(*_: Any) -> Any:
+def _refuse_to_copy(*_: Any) -> Any:
     raise TypeError(
         "PagedCache: a model's layers share it by reference, which plain JAX transformations (jax.jit, jax.checkpoint, "
         "jax.vmap, jax.tree.map) and NNX's tree mode (graph=False) do not keep: what the layers write would be lost. "
@@ -141,7 +141,11 @@ def _refuse_to_flatten(*_: Any) -> Any:
     )
 
 
-jax.tree_util.register_pytree_node(PagedCache, _refuse_to_flatten, _refuse_to_flatten)
+# Its leaves can be read (and traced values found among them), but no copy can be made of them. They are the arrays, not
+# the variable, whose repetition NNX's tree mode would report first, in words that do not help.
+jax.tree_util.register_pytree_node(
+    PagedCache, lambda cache: ((cache.state.get_value(),), None), _refuse_to_copy
+)
 
 
 class DenseCache(nnx.Module):

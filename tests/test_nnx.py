@@ -123,7 +123,8 @@ def test_ragged_rows_see_only_themselves():
 @pytest.mark.parametrize("rotary", [False, True])
 def test_ragged_chunks_equal_the_dense_cache(rotary):
     rope = functools.partial(nnx.dot_product_attention_with_rope, rope=nnx.RoPE(theta=100.0))
-    model, tokens = Model(**(dict(attention_fn=rope) if rotary else {})), make_tokens()
+    variant: dict[str, Any] = dict(attention_fn=rope) if rotary else {}
+    model, tokens = Model(**variant), make_tokens()
     expected = causal(model, tokens) if rotary else stock_decode(model, tokens)  # decoding, it turns nothing
     paged, cache = paxcache.nnx.paginate(model, make_config())
     done = np.zeros(2, int)
@@ -593,7 +594,7 @@ def test_counted_passes_can_be_the_carry_of_a_loop():
 
 
 def test_a_config_is_read_from_the_model():
-    sizes = dict(page_size=S, num_pages=16, max_seqs=2, max_pages_per_seq=4)
+    sizes: dict[str, Any] = dict(page_size=S, num_pages=16, max_seqs=2, max_pages_per_seq=4)
     expected = make_config(**dict(num_kv_heads=1))
     config = paxcache.nnx.cache_config(Model(num_kv_heads=1), **sizes)
     for name in ("num_layers", "num_kv_heads", "head_dim", "dtype", "page_bytes", "pool_bytes"):
