@@ -63,19 +63,27 @@ def integers(name: str, value: Any) -> np.ndarray | jax.Array:
             least = max(low, int(jnp.iinfo(value.dtype).min))
             return jnp.clip(value, value.dtype.type(least), value.dtype.type(high)).astype(jnp.int32)
     try:
-        known = np.asarray(value)
+        known = _on_host(name, value)
     except jax.errors.TracerArrayConversionError:  # a list with traced numbers
         return integers(name, jnp.asarray(value))
-    except ValueError as error:  # lists of unequal lengths
-        raise ValueError(f"{name}: expected an array, got {value!r}") from error
-    if known.size == 0 and known.dtype == np.float64:  # an empty list has no type
-        known = known.astype(np.int32)
-    past_int64 = known.dtype == object and all(isinstance(v, int) for v in known.flat)
-    if not (past_int64 or np.issubdtype(known.dtype, np.integer)):
+    if not np.issubdtype(known.dtype, np.integer):
         raise TypeError(f"{name}: expected integer values, got {describe(value)}")
     if known.size and (known.min() < low or known.max() > high):
         raise ValueError(f"{name}: values must fit int32, got {known.min()} to {known.max()}")
     return known.astype(np.int32)
+
+
+def _on_host(name: str, value: Any) -> np.ndarray:
+    """Numbers that are no JAX array, as NumPy has them: of any width, Python's own among them."""
+    try:
+        value = np.asarray(value)
+    except ValueError as error:  # lists of unequal lengths
+        raise ValueError(f"{name}: expected an array, got {value!r}") from error
+    if value.size == 0 and value.dtype == np.float64:  # an empty list has no type
+        value = value.astype(np.int32)
+    if value.dtype == object and all(type(x) is int for x in value.flat):  # past 64 bits
+        raise ValueError(f"{name}: values must fit int32, got {min(value.flat)} to {max(value.flat)}")
+    return value
 
 
 def int_array(name: str, value: Any, dims: str, **sizes: int) -> jax.Array:

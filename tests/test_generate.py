@@ -288,12 +288,12 @@ VALUES: dict[str, Any] = {
 
 @functools.cache
 def model_with_bad_logits():
-    """The sum model, whose logits change where a row that began with token 9 has five tokens, or begins with 1, 1."""
+    """The sum model, whose last logits are replaced where a row's newest token is 3, from its fifth token on."""
 
     def model(params, tokens, cache, step, logits_at):
         table, value, count = params
         logits, cache = sum_model(table, tokens, cache, step, logits_at)
-        bad = (tokens[logits_at] == 4) & (step.positions[logits_at] >= 4)
+        bad = (tokens[logits_at] == 3) & (step.positions[logits_at] >= 4)
         words = jnp.arange(V) >= V - count
         return jnp.where(bad[:, None] & words[None, :], value, logits), cache
 
@@ -306,17 +306,14 @@ def test_bad_logits_stop_a_row_and_no_other(bad, values):
     """The row keeps its tokens, among them the last one that was drawn from good logits; the others know nothing."""
     value, count = BAD[bad]
     options: dict[str, Any] = dict(
-        sampling=Sampling(**VALUES[values]),
-        return_logprobs=True,
-        model=model_with_bad_logits(),
-        max_new_tokens=24,
+        sampling=Sampling(**VALUES[values]), return_logprobs=True, model=model_with_bad_logits()
     )
     good = run(params=(TABLE, np.float32(0), 0), **options).to_lists()
     out = run(params=(TABLE, np.float32(value), count), **options)
     stopped = []
     for prompt, whole, tokens, reason in zip(PROMPTS, good, out.to_lists(), reasons(out), strict=True):
         text = [*prompt, *whole[:-1]]  # what the model sees
-        at = next((i for i in range(max(4, len(prompt) - 1), len(text)) if text[i] == 4), None)
+        at = next((i for i in range(max(4, len(prompt) - 1), len(text)) if text[i] == 3), None)
         expected = whole if at is None else whole[: at + 1 - len(prompt)]
         assert tokens == expected
         assert reason == ("LENGTH" if at is None else "BAD_LOGITS")
@@ -327,7 +324,7 @@ def test_bad_logits_stop_a_row_and_no_other(bad, values):
 
 
 def test_a_stream_says_that_logits_were_bad():
-    arguments: Any = dict(max_new_tokens=24, chunk_size=8, interval=3)
+    arguments: Any = dict(max_new_tokens=MAX_NEW, chunk_size=8, interval=3)
     params = TABLE, np.float32(np.nan), 1
     with stream(model_with_bad_logits(), params, busy_cache(38), PROMPTS, **arguments) as tokens:
         collected = [[] for _ in PROMPTS]
@@ -343,7 +340,7 @@ def test_pages_behind_bad_logits_are_not_stored():
     )
     cache = make_cache(num_pages=24)
     index = paxcache.prefix.device.init(config)
-    prompts = [[4] * 9]
+    prompts = [[3] * 9]
     arguments: Any = dict(model=model_with_bad_logits(), chunk_size=16, max_new_tokens=4)
     out = run(prompts, cache=cache, index=index, params=(TABLE, np.float32(np.nan), 1), **arguments)
     assert reasons(out) == ["BAD_LOGITS"] and out.lengths.tolist() == [0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from generation import (
     run,
     sum_model,
 )
-from paxcache import Sampling, offload
+from paxcache import Sampling, generate, offload
 
 
 @pytest.mark.parametrize(("free_pages", "max_seqs", "chunk_size"), [(38, 4, 8), (7, 4, 8), (38, 2, 3)])
