@@ -88,6 +88,8 @@ class LayerGroup:
       sliding_window: tokens a query sees, itself included (Mistral, Gemma); None sees all. `attend` masks by it, and
         `extend` frees pages that lie left of it.
       num_pages: physical pages of this group; None takes the config's.
+      num_heads: query heads of a layer, a multiple of num_kv_heads. Given, `extend` plans the attention of a step once
+        for all layers; None: not known, and attention on a GPU plans in every call.
 
     Raises:
       ValueError, TypeError: an argument is out of its range or of another type.
@@ -102,6 +104,7 @@ class LayerGroup:
     scales: Scales = "per_token_head"
     sliding_window: int | None = None
     num_pages: int | None = None
+    num_heads: int | None = None
 
     def __post_init__(self):
         """Checks the arguments and brings dtype and v_head_dim to one form, so that equal groups compare equal."""
@@ -116,6 +119,13 @@ class LayerGroup:
             _require_positive_int("LayerGroup", sliding_window=self.sliding_window)
         if self.num_pages is not None:
             _require_positive_int("LayerGroup", num_pages=self.num_pages)
+        if self.num_heads is not None:
+            _require_positive_int("LayerGroup", num_heads=self.num_heads)
+            if self.num_heads % self.num_kv_heads:
+                raise ValueError(
+                    f"LayerGroup: num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, "
+                    f"got {self.num_heads}"
+                )
         try:
             dtype = jnp.dtype(self.dtype)
         except TypeError as error:
@@ -138,6 +148,11 @@ class LayerGroup:
                     raise ValueError(f"LayerGroup: {name} must be even for {self.quantization}, got {width}")
         elif self.scales != "per_token_head":
             raise ValueError(f"LayerGroup: scales={self.scales!r} needs a quantization, got None")
+
+    @property
+    def query_group(self) -> int | None:
+        """Query heads of a KV head; None: not known."""
+        return None if self.num_heads is None else self.num_heads // self.num_kv_heads
 
     @property
     def value_dim(self) -> int:
@@ -172,7 +187,8 @@ class CacheConfig:
     global attention, latent attention, a draft model's layers) give `groups` instead of them.
 
     Args:
-      num_layers, num_kv_heads, head_dim, v_head_dim, dtype, quantization, scales, sliding_window: see `LayerGroup`.
+      num_layers, num_kv_heads, head_dim, v_head_dim, dtype, quantization, scales, sliding_window, num_heads: see
+        `LayerGroup`.
       page_size: token slots in a page, S.
       num_pages: physical pages, P; one pool a group.
       max_seqs: rows, B.
@@ -204,6 +220,7 @@ class CacheConfig:
     scales: Scales = "per_token_head"
     sliding_window: int | None = None
     v_head_dim: int | None = None
+    num_heads: int | None = None
     groups: tuple[LayerGroup, ...] = ()
 
     def __post_init__(self):
@@ -328,6 +345,8 @@ class GroupCache:
     ref_counts: Int32[Array, "P"]
     """References to each page, by tables and from outside (a prefix index). A page is free at 0."""
     sliding_window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    query_group: int | None = dataclasses.field(default=None, metadata={"static": True})
+    """Query heads of a KV head; None: not known."""
 
 
 @jax.tree_util.register_dataclass
@@ -390,6 +409,8 @@ class Step:
     """Per group, the tables to read."""
     plans: tuple[Any, ...]
     """Per group, the opaque work plan of the attention kernels (`ops.plan`)."""
+    max_query_len: int = dataclasses.field(metadata={"static": True})
+    """Most new tokens that a row can have."""
 
     @property
     def ok(self) -> Bool[Array, "B"]:

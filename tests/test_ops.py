@@ -185,6 +185,8 @@ def test_attention_with_a_plan_gives_the_same_bits(name, implementation):
         arrays["seq_lens"],
         num_heads=case.num_heads,
         num_kv_heads=case.num_kv_heads,
+        head_dim=arrays["q"].shape[-1],
+        dtype=arrays["k_pages"].dtype,
         page_size=case.page_size,
         query_lens=lens,
         num_tokens=None if lens is None else arrays["q"].shape[0],
@@ -548,30 +550,6 @@ def test_write_pages_names_the_bad_argument(what):
     arguments, name = BAD_WRITE[what]
     with pytest.raises((ValueError, TypeError), match=rf"\b{name}\b"):
         ops.write_pages(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("heads", "match"),
-    [({}, "k: expected K=2 heads, got"), ({"k_head": 5}, "k_head=5"), ({"k_head": 0, "v_head": 5}, "v_head=5"),
-     ({"k_head": -1}, "k_head must be at least 0")],
-)  # fmt: skip
-def test_write_pages_names_bad_heads(heads, match):
-    fused = jnp.zeros((_SLOTS.shape[0], 3 * _K.shape[1], _K.shape[2]))
-    with pytest.raises(ValueError, match=match):
-        ops.write_pages(_POOL, _POOL, fused, fused, _SLOTS, **heads)
-
-
-@pytest.mark.parametrize("implementation", catalogue.IMPLEMENTATIONS)
-def test_write_pages_reads_heads_of_a_fused_projection(implementation):
-    qkv = jnp.asarray(np.random.default_rng(0).standard_normal((4, 8, 64)), jnp.bfloat16)  # [T, H + 2 K, D]
-    pool, slots = jnp.zeros((3, 2, 8, 64), jnp.bfloat16), jnp.array([5, 23, -1, 0])
-    wanted = ops.write_pages(pool, pool, qkv[:, 4:6], qkv[:, 6:], slots, implementation="xla")
-    try:
-        got = ops.write_pages(pool, pool, qkv, qkv, slots, k_head=4, v_head=6, implementation=implementation)
-    except NotImplementedError as error:
-        assert implementation != "xla"
-        pytest.skip(str(error))
-    jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
 _PAGES = _page_tree()

@@ -75,7 +75,12 @@ _KNOWN: dict[str, type] = {
 }
 """What a description may name: classes of values, built from their fields."""
 
-_CHANGED: dict[str, set[str]] = {"PagedKVCache": {"epochs"}, "Ticket": {"epochs"}, "Index": {"row_epochs"}}
+_CHANGED: dict[str, set[str]] = {
+    "PagedKVCache": {"epochs"},
+    "Ticket": {"epochs"},
+    "Index": {"row_epochs"},
+    "GroupCache": {"query_group"},
+}
 """Fields that are there in one version and not in another: before rows had epochs, the index had them."""
 
 
