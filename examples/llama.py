@@ -103,6 +103,7 @@ def cache_config(
     return paxcache.CacheConfig(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
+        num_heads=config.num_heads,
         head_dim=config.head_dim,
         page_size=page_size,
         num_pages=num_pages,

@@ -107,16 +107,18 @@ def request(
 ) -> Request:
     """Places the rows' tokens in the step and refuses the rows that can never fit, and those that are broken."""
     wanted = jnp.maximum(query_lens, 0)
-    if max_query_len is not None:
+    if num_tokens is None:
+        assert max_query_len is not None
         starts = jnp.arange(seq_lens.shape[0], dtype=jnp.int32) * max_query_len
         too_many = wanted > max_query_len
     else:
-        assert num_tokens is not None
         # One row can pass the step's end by any amount: cut it there, so that the running sum fits int32.
         bounded = jnp.minimum(wanted, num_tokens + 1)
         ends = running_sum(bounded)
         starts = ends - bounded
         too_many = (ends > num_tokens) & (wanted > 0)
+        if max_query_len is not None:
+            too_many |= wanted > max_query_len
     status = jnp.where(too_many, Status.STEP_FULL, Status.OK)
     status = jnp.where(wanted > row_capacity - seq_lens, Status.ROW_FULL, status)
     invalid = (query_lens < 0) | (broken & (wanted > 0))

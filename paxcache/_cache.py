@@ -83,7 +83,8 @@ def init(
         k = _empty_pool(config, group, group.head_dim, k_scales, layers)
         v = _empty_pool(config, group, group.value_dim, v_scales, layers) if group.value_dim else None
         tables = jnp.full((B, M), NO_PAGE, jnp.int32)
-        groups.append(GroupCache(Pages(k, v), tables, jnp.zeros(num_pages, jnp.int32), group.sliding_window))
+        counts = jnp.zeros(num_pages, jnp.int32)
+        groups.append(GroupCache(Pages(k, v), tables, counts, group.sliding_window, group.query_group))
         first += group.num_layers
     return PagedKVCache(
         jnp.zeros(B, jnp.int32), tuple(groups), jnp.zeros(B, jnp.int32), jnp.zeros(2, jnp.uint32)
@@ -153,8 +154,9 @@ def extend(
       query_lens: i32[B] new tokens of each row; 0 leaves a row alone.
       num_tokens: tokens that a packed step holds, T (static): tokens follow each other in row order, what is left at
         the end is padding.
-      max_query_len: tokens that a row can have in a row-aligned step, Q (static): tokens are [B, Q].
-        Give exactly one of the two. A decode loop should give this one: kernels then know that rows are short.
+      max_query_len: tokens that a row can have, Q (static). Alone it makes a row-aligned step: tokens are [B, Q]. With
+        num_tokens the step is packed, and rows that ask for more are refused: kernels for short rows take it. A decode
+        loop should give it.
       implementation: backend of the copy and of the plan, see `paxcache.ops`.
 
     Returns:
@@ -210,10 +212,11 @@ def _extend(
     lens = jnp.where(ok, request.query_lens, 0)
     seq_lens = old_lens + lens
     total = num_tokens if num_tokens is not None else B * most
+    packed = num_tokens is not None
     rows, positions = _allocator.place_tokens(
-        request.query_starts, lens, old_lens, num_tokens=total, max_query_len=max_query_len
+        request.query_starts, lens, old_lens, num_tokens=total, max_query_len=None if packed else most
     )
-    token_shape = (total,) if max_query_len is None else (B, max_query_len)
+    token_shape = (total,) if packed else (B, most)
 
     groups, slot_mapping, plans = [], [], []
     for group, entries in zip(cache.groups, touched, strict=True):
@@ -232,6 +235,7 @@ def _extend(
             ops.plan(
                 tables,
                 seq_lens,
+                num_heads=None if group.query_group is None else group.query_group * group.pages.k.shape[2],
                 num_kv_heads=group.pages.k.shape[2],
                 head_dim=group.pages.k.shape[-1],
                 page_size=S,
@@ -257,6 +261,7 @@ def _extend(
         plans=tuple(plans),
         page_size=S,
         num_pages=tuple(g.ref_counts.shape[-1] for g in groups),
+        max_query_len=most,
     )
     return dataclasses.replace(cache, seq_lens=seq_lens, groups=tuple(groups)), step
 
@@ -449,7 +454,7 @@ def attend(
         step.seq_lens,
         query_starts=step.query_starts,
         query_lens=step.query_lens,
-        max_query_len=step.rows.shape[-1],
+        max_query_len=step.max_query_len,
         layer=index,
         sm_scale=sm_scale,
         soft_cap=soft_cap,

@@ -144,16 +144,16 @@ def static_bool(name: str, value: Any) -> bool:
 def step_size(
     num_tokens: int | None, max_query_len: int | None, max_seqs: int
 ) -> tuple[int | None, int | None]:
-    """The size of a step, packed or row-aligned, whose tokens int32 counts."""
-    if (num_tokens is None) == (max_query_len is None):
-        raise ValueError("give exactly one of num_tokens (packed) and max_query_len (row-aligned)")
+    """The size of a step, packed (with or without a bound for rows) or row-aligned, whose tokens int32 counts."""
+    if num_tokens is None and max_query_len is None:
+        raise ValueError("give num_tokens (packed), max_query_len (row-aligned) or both (packed, short rows)")
     if num_tokens is not None:
         num_tokens = static_int("num_tokens", num_tokens, minimum=1)
         if (num_tokens + 1) * max_seqs > INT32_MAX:
             raise ValueError(f"num_tokens: {num_tokens} tokens × {max_seqs} rows overflow int32")
-    else:
+    if max_query_len is not None:
         max_query_len = static_int("max_query_len", max_query_len, minimum=1)
-        if max_query_len * max_seqs > INT32_MAX:
+        if num_tokens is None and max_query_len * max_seqs > INT32_MAX:
             raise ValueError(f"max_query_len: {max_query_len} tokens × {max_seqs} rows overflow int32")
     return num_tokens, max_query_len
 

@@ -116,6 +116,8 @@ class LayerGroup:
       sliding_window: tokens a query sees, itself included (Mistral, Gemma); None sees all. `attend` masks by it, and
         `extend` frees pages that lie left of it.
       num_pages: physical pages of this group; None takes the config's.
+      num_heads: query heads of a layer, a multiple of num_kv_heads. Given, `extend` plans the attention of a step once
+        for all layers; None: not known, and attention on a GPU plans in every call.
 
     Raises:
       ValueError, TypeError: an argument is out of its range or of another type.
@@ -130,13 +132,18 @@ class LayerGroup:
     scales: Scales = "per_token_head"
     sliding_window: int | None = None
     num_pages: int | None = None
+    num_heads: int | None = None
 
     def __post_init__(self):
         """Checks the arguments and brings each to one form, so that equal groups compare and hash equal."""
         _set_ints(self, "num_layers", "num_kv_heads", "head_dim")
-        _set_ints(self, "sliding_window", "num_pages", optional=True)
+        _set_ints(self, "sliding_window", "num_pages", "num_heads", optional=True)
         _set_v_head_dim(self)
         _set_dtype(self)
+        if self.num_heads is not None and self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"LayerGroup: num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, got {self.num_heads}"
+            )
         if self.dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
             raise ValueError(f"LayerGroup: dtype must be float32, float16 or bfloat16, got {self.dtype}")
         if self.scales not in ("per_token_head", "per_tensor"):
@@ -154,6 +161,11 @@ class LayerGroup:
                     raise ValueError(f"LayerGroup: {name} must be even for {self.quantization}, got {width}")
         elif self.scales != "per_token_head":
             raise ValueError(f"LayerGroup: scales={self.scales!r} needs a quantization, got None")
+
+    @property
+    def query_group(self) -> int | None:
+        """Query heads of a KV head; None: not known."""
+        return None if self.num_heads is None else self.num_heads // self.num_kv_heads
 
     @property
     def value_dim(self) -> int:
@@ -187,7 +199,8 @@ class CacheConfig:
     global attention, latent attention, a draft model's layers) give `groups` instead of them.
 
     Args:
-      num_layers, num_kv_heads, head_dim, v_head_dim, dtype, quantization, scales, sliding_window: see `LayerGroup`.
+      num_layers, num_kv_heads, head_dim, v_head_dim, dtype, quantization, scales, sliding_window, num_heads: see
+        `LayerGroup`.
       page_size: token slots in a page, S.
       num_pages: physical pages, P; one pool a group.
       max_seqs: rows, B.
@@ -219,6 +232,7 @@ class CacheConfig:
     scales: Scales = "per_token_head"
     sliding_window: int | None = None
     v_head_dim: int | None = None
+    num_heads: int | None = None
     groups: tuple[LayerGroup, ...] = ()
 
     def __post_init__(self):
@@ -242,7 +256,7 @@ class CacheConfig:
             if missing:
                 raise ValueError(f"CacheConfig: {', '.join(missing)} missing (or give groups)")
             _set_ints(self, "num_layers", "num_kv_heads", "head_dim")
-            _set_ints(self, "sliding_window", optional=True)
+            _set_ints(self, "sliding_window", "num_heads", optional=True)
         self._check_int32()
 
     def _check_int32(self) -> None:
@@ -359,6 +373,8 @@ class GroupCache:
     ref_counts: Int32[Array, "P"]
     """References to each page, by tables and from outside (a prefix index). A page is free at 0."""
     sliding_window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    query_group: int | None = dataclasses.field(default=None, metadata={"static": True})
+    """Query heads of a KV head; None: not known."""
 
 
 @state
@@ -432,6 +448,8 @@ class Step:
     """Token slots in a page of the cache that it was made for, S."""
     num_pages: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     """Per group, the pages of that cache, P."""
+    max_query_len: int = dataclasses.field(metadata={"static": True})
+    """Most new tokens that a row can have."""
 
     @property
     def ok(self) -> Bool[Array, "B"]:

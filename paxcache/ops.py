@@ -1,8 +1,8 @@
 """Array-level ops for those who keep their own tables: checks, choice of a backend, plans.
 
-Knows arrays, never caches. Every op takes
-``implementation``: None takes the best backend that supports the case, ``"mosaic_gpu"``, ``"triton"`` or ``"xla"``
-names one, and a named one that cannot do it raises NotImplementedError with the reason.
+Knows arrays, never caches. Every op takes ``implementation``: None takes the best backend that supports the case,
+``"mosaic_gpu"``, ``"triton"`` or ``"xla"`` names one, and a named one that cannot do it raises NotImplementedError with
+the reason. `explain` tells which backend None takes, and why not the others.
 
 Pools are ``[P, K, S, D]``, or ``[L, P, K, S, D]`` together with ``layer``; each is an array or a `QuantizedPages`.
 """
@@ -10,86 +10,82 @@ Pools are ``[P, K, S, D]``, or ``[L, P, K, S, D]`` together with ``layer``; each
 from __future__ import annotations
 
 import functools
-import importlib
 import math
+import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paxcache import _checks, _quantize
+from paxcache import _checks, _quantize, kernels
 from paxcache._allocator import running_sum
 from paxcache._quantize import QuantizedPages
 from paxcache._state import state
-from paxcache.kernels import xla
+from paxcache._types import CacheConfig, LayerGroup
+from paxcache.kernels import Backend
+from paxcache.kernels._request import Pools, Rows, Scores, Shapes
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Int32, PyTree, Shaped
 
+__all__ = [
+    "FORMATS",
+    "Choice",
+    "Implementation",
+    "Plan",
+    "QuantizedPages",
+    "copy_pages",
+    "explain",
+    "gather_pages",
+    "merge_attention",
+    "paged_attention",
+    "plan",
+    "scatter_pages",
+    "write_pages",
+]
+
 Implementation = Literal["mosaic_gpu", "triton", "xla"] | None
-_BACKENDS = ("mosaic_gpu", "triton", "xla")
 
 FORMATS = _quantize.FORMATS
 """The forms of quantised pages by name: dtype of the stored values, and the largest of them."""
 
 
-def _require_hopper() -> None:
-    """Declines where the default device is no Hopper GPU."""
-    device = _checks.default_device()
-    if device.platform != "gpu":
-        raise NotImplementedError(
-            f"mosaic_gpu needs a Hopper GPU, the default device is {device.device_kind!r}"
-        )
-    if str(getattr(device, "compute_capability", "")) != "9.0":
-        raise NotImplementedError(
-            f"mosaic_gpu needs a Hopper GPU (compute capability 9.0), {device.device_kind!r} has "
-            f"{getattr(device, 'compute_capability', 'none')}"
-        )
+def _run[T](op: str, implementation: Implementation, call: Callable[[Backend], T]) -> T:
+    """The op of the named backend, or of the first in order of preference that does not decline."""
+    name, refused, result = _first(op, implementation, call)
+    if name == "xla" and refused and op != "plan" and _checks.default_device().platform == "gpu":
+        _warn_of_xla(op, "; ".join(refused.values()))
+    return result
 
 
-def _require_gpu() -> None:
-    """Declines where the default device is no GPU. The kernels look for themselves whether it and the packages fit."""
-    device = _checks.default_device()
-    if device.platform != "gpu":
-        raise NotImplementedError(f"triton needs an NVIDIA GPU, the default device is {device.device_kind!r}")
-
-
-def _kernel(
-    require: Callable[[], None], module: str, function: str, *args: Any, **options: Any
-) -> Callable[[], Any]:
-    """A call of a kernel, whose module is imported only where `require` does not decline."""
-
-    def run():
-        require()
-        return getattr(importlib.import_module(f"paxcache.kernels.{module}"), function)(*args, **options)
-
-    return run
-
-
-_mosaic = functools.partial(_kernel, _require_hopper)
-_triton = functools.partial(_kernel, _require_gpu)  # without a GPU Triton is not even imported
-
-
-def _dispatch(op: str, implementation: Implementation, **backends: Callable[[], Any]) -> Any:
-    """Runs the named backend, or the first in order of preference that does not decline."""
-    if implementation is not None:
-        if implementation not in _BACKENDS:
-            raise ValueError(f"implementation: expected None or one of {_BACKENDS}, got {implementation!r}")
-        if implementation not in backends:
-            raise NotImplementedError(f"{op}: there is no {implementation!r} implementation")
+def _first[T](
+    op: str, implementation: Implementation, call: Callable[[Backend], T]
+) -> tuple[str, dict[str, str], T]:
+    """The name of the backend that does an op, the reasons of those that come before and decline, and the result."""
+    if implementation is not None and implementation not in kernels.BACKENDS:
+        known = tuple(kernels.BACKENDS)
+        raise ValueError(f"implementation: expected None or one of {known}, got {implementation!r}")
+    refused: dict[str, str] = {}
+    for name, backend in kernels.BACKENDS.items():
+        if implementation not in (None, name):
+            continue
         try:
-            return backends[implementation]()
+            return name, refused, call(backend())
         except NotImplementedError as reason:
-            raise NotImplementedError(f"{op}: {reason}") from reason
-    for name in _BACKENDS[:-1]:
-        if name in backends:
-            try:
-                return backends[name]()
-            except NotImplementedError:
-                continue
-    return backends["xla"]()
+            refused[name] = str(reason)
+            if implementation is not None:
+                raise NotImplementedError(f"{op}: {reason}") from reason
+    raise NotImplementedError(f"{op}: no backend can do this: " + "; ".join(refused.values()))
+
+
+@functools.cache  # once for each reason
+def _warn_of_xla(op: str, reasons: str) -> None:
+    warnings.warn(
+        f"paxcache.ops.{op} takes the plain JAX form, which is much slower than a kernel on a GPU: {reasons}",
+        stacklevel=2,
+    )
 
 
 def _no_derivative(op: str, tree: Any) -> Any:
@@ -162,14 +158,10 @@ def _check_pool(name: str, pool: Any, dims: str, **sizes: int) -> None:
 
 @state
 class Plan:
-    """How the attention kernels of a step divide their work. Opaque: made by `plan`, read by `paged_attention`.
+    """How the attention kernels of a step divide their work. Opaque: made by `plan`, read by `paged_attention`."""
 
-    Holds what one backend needs; another one makes its own.
-    """
-
-    xla: xla.Plan | None = None
-    mosaic_gpu: Any = None
-    triton: Any = None
+    work: Any
+    """What the backend that made it knows; another one makes its own. None: attention plans for itself."""
 
 
 def plan(
@@ -178,9 +170,9 @@ def plan(
     *,
     num_heads: int | None = None,
     num_kv_heads: int,
-    head_dim: int = 128,
+    head_dim: int,
     page_size: int,
-    dtype: Any = jnp.bfloat16,
+    dtype: Any,
     query_starts: Int32[Array, "B"] | None = None,
     query_lens: Int32[Array, "B"] | None = None,
     num_tokens: int | None = None,
@@ -197,7 +189,7 @@ def plan(
     Args:
       block_tables: i32[B, M].
       seq_lens: i32[B], with the new tokens.
-      num_heads: query heads, H; None: not known.
+      num_heads: query heads, H; None: not known, and attention of the GPU's kernels plans for itself.
       num_kv_heads: KV heads, K (local ones under shard_map).
       head_dim: head dim, D.
       page_size: slots in a page, S.
@@ -223,8 +215,6 @@ def plan(
     B, M = tables.shape
     page_size = _checks.static_int("page_size", page_size, minimum=1)
     _checks.row_room(M, page_size)
-    num_kv_heads = _checks.static_int("num_kv_heads", num_kv_heads, minimum=1)
-    head_dim = _checks.static_int("head_dim", head_dim, minimum=1)
     seq_lens = _checks.int_array("seq_lens", seq_lens, "B", B=B)
     if query_lens is None:
         if query_starts is not None:
@@ -249,26 +239,20 @@ def plan(
             raise ValueError(
                 f"num_heads: expected a multiple of the {num_kv_heads} KV heads, got {num_heads}"
             )
-    rows = seq_lens, query_starts, query_lens
-    shapes = {
-        "num_tokens": num_tokens,
-        "max_query_len": _checks.static_int("max_query_len", max_query_len, minimum=1),
-        "page_size": page_size,
-        "sliding_window": sliding_window,
-        "causal": causal,
-    }
-    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": dtype}
-    return _dispatch(
-        "plan",
-        implementation,
-        mosaic_gpu=lambda: Plan(
-            mosaic_gpu=_mosaic("sm90.attention", "make_plan", tables, *rows, **shapes, **heads)()
-        ),
-        triton=lambda: Plan(
-            triton=_triton("triton.attention", "make_plan", tables, *rows, **shapes, **heads)()
-        ),
-        xla=lambda: Plan(xla=xla.make_plan(seq_lens, query_lens, max_pages=M, **shapes)),
+    shapes = Shapes(
+        num_rows=B,
+        num_tokens=num_tokens,
+        max_query_len=_checks.static_int("max_query_len", max_query_len, minimum=1),
+        num_heads=num_heads,
+        num_kv_heads=_checks.static_int("num_kv_heads", num_kv_heads, minimum=1),
+        head_dim=_checks.static_int("head_dim", head_dim, minimum=1),
+        page_size=page_size,
+        dtype=jnp.dtype(dtype),
+        windowed=sliding_window is not None,
     )
+    rows = Rows(tables, seq_lens, query_starts, query_lens)
+    options: dict[str, Any] = {"sliding_window": sliding_window, "causal": causal}
+    return Plan(_run("plan", implementation, lambda backend: backend.make_plan(rows, shapes, **options)))
 
 
 def paged_attention(
@@ -338,7 +322,7 @@ def paged_attention(
     """
     layer, (k_pages, v_pages) = _as_stacked("paged_attention", layer, k_pages, v_pages)
     _check_pools(k_pages, v_pages)
-    _, _, K, S, D = k_pages.shape
+    _, _, K, _, D = k_pages.shape
     q = _checks.array("q", q, "T H D", dtype=jnp.floating, D=D)
     T, H, _ = q.shape
     if H % K:
@@ -372,45 +356,23 @@ def paged_attention(
         sliding_window = _checks.window("sliding_window", sliding_window)
     if isinstance(soft_cap, (int, float)) and not soft_cap > 0:
         raise ValueError(f"soft_cap must be above 0, got {soft_cap}")
-    sm_scale = 1 / math.sqrt(D) if sm_scale is None else sm_scale
-    q, k_pages, v_pages, sinks, sm_scale, soft_cap = _no_derivative(
-        "paged_attention", (q, k_pages, v_pages, sinks, sm_scale, soft_cap)
+    scale: Any = 1 / math.sqrt(D) if sm_scale is None else sm_scale
+    q, k_pages, v_pages, sinks, scale, soft_cap = _no_derivative(
+        "paged_attention", (q, k_pages, v_pages, sinks, scale, soft_cap)
     )
 
-    arrays = q, k_pages, v_pages, tables, seq_lens, starts, lens, layer
-    options = {
-        "sm_scale": sm_scale,
-        "soft_cap": soft_cap,
-        "sliding_window": sliding_window,
-        "sinks": sinks,
-        "causal": causal,
-    }
-
-    def run_xla():
-        made = None if plan is None else plan.xla
-        if made is None:
-            made = xla.make_plan(
-                seq_lens,
-                lens,
-                num_tokens=T,
-                max_query_len=max_query_len,
-                page_size=S,
-                max_pages=M,
-                sliding_window=sliding_window,
-                causal=causal,
-            )
-        return xla.paged_attention(*arrays, plan=made, **options)
-
-    more = {"max_query_len": max_query_len, "return_lse": return_lse} | options
-    work = Plan() if plan is None else plan
-    out, lse = _dispatch(
+    pools, rows = Pools(k_pages, v_pages, layer), Rows(tables, seq_lens, starts, lens)
+    scores = Scores(scale, soft_cap, sliding_window, sinks, causal, return_lse)
+    options: dict[str, Any] = {"max_query_len": max_query_len, "plan": None if plan is None else plan.work}
+    out, lse = _run(
         "paged_attention",
         implementation,
-        mosaic_gpu=_mosaic("sm90.attention", "paged_attention", *arrays, **more, plan=work.mosaic_gpu),
-        triton=_triton("triton.attention", "paged_attention", *arrays, **more, plan=work.triton),
-        xla=run_xla,
+        lambda backend: backend.paged_attention(q, pools, rows, scores, **options),
     )
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None  # it was asked for
+    return out, lse
 
 
 def write_pages(
@@ -420,8 +382,6 @@ def write_pages(
     v: Float[Array, "T K Dv"] | None,
     slot_mapping: Int[Array, "T"],
     *,
-    k_head: int | None = None,
-    v_head: int | None = None,
     layer: Int32[Array, ""] | int | None = None,
     implementation: Implementation = None,
 ) -> tuple[Any, Any]:
@@ -432,9 +392,6 @@ def write_pages(
       k, v: [T, K, D] and [T, K, Dv], cast to the pools' dtype, or quantised: with a scale for each token and head, or
         with the scale that their page has. v is None exactly where v_pages is.
       slot_mapping: integer[T], ``page * S + offset``; slots outside [0, P * S) are dropped. No slot may stand twice.
-      k_head, v_head: first head of ``k`` and of ``v`` to write, where they have more than K. Both may be a fused
-        projection of H + 2 K heads, with ``k_head=H, v_head=H + K``: kernels then read it where it lies, while a slice
-        of it would be copied first.
       layer: index into the leading axis of the pools, may be traced.
       implementation: see the module's text.
 
@@ -459,43 +416,20 @@ def write_pages(
     layer, (k_pages, v_pages) = _as_stacked("write_pages", layer, k_pages, v_pages)
     _check_pools(k_pages, v_pages)
     _, _, K, _, D = k_pages.shape
-    k = _checks.array("k", k, "T K D", dtype=jnp.floating, D=D)
-    k_start, v_start = _first_head("k", k, k_head, K), 0
+    k = _checks.array("k", k, "T K D", dtype=jnp.floating, K=K, D=D)
     if (v is None) != (v_pages is None):
         raise ValueError("v: expected None exactly where v_pages is None (keys serve as values)")
     if v_pages is not None:
-        v = _checks.array("v", v, "T K Dv", dtype=jnp.floating, T=k.shape[0], Dv=v_pages.shape[-1])
-        v_start = _first_head("v", v, v_head, K)
+        v = _checks.array("v", v, "T K Dv", dtype=jnp.floating, T=k.shape[0], K=K, Dv=v_pages.shape[-1])
     slots = _checks.slots("slot_mapping", slot_mapping, "T", T=k.shape[0])
     k_pages, v_pages, k, v = _no_derivative("write_pages", (k_pages, v_pages, k, v))
-    arrays, heads = (k_pages, v_pages, k, v, slots, layer), {"k_head": k_start, "v_head": v_start}
-    hopper = "sm90.quantize" if isinstance(k_pages, QuantizedPages) else "sm90.write"
-    k_pages, v_pages = _dispatch(
-        "write_pages",
-        implementation,
-        mosaic_gpu=_mosaic(hopper, "write_pages", *arrays, **heads),
-        triton=_triton("triton.write", "write_pages", *arrays, **heads),
-        xla=lambda: xla.write_pages(
-            k_pages,
-            v_pages,
-            k[:, k_start : k_start + K],
-            None if v is None else v[:, v_start : v_start + K],
-            slots,
-            layer,
-        ),
+    pools = Pools(k_pages, v_pages, layer)
+    k_pages, v_pages = _run(
+        "write_pages", implementation, lambda backend: backend.write_pages(pools, k, v, slots)
     )
     if not stacked:
         k_pages, v_pages = jax.tree.map(lambda leaf: leaf[0], (k_pages, v_pages))
     return k_pages, v_pages
-
-
-def _first_head(name: str, x: jax.Array, first: int | None, num_heads: int) -> int:
-    """The first head to write; there must be K from it on, and no others if it was not given."""
-    start = 0 if first is None else _checks.static_int(f"{name}_head", first, minimum=0)
-    if x.shape[1] < start + num_heads or (first is None and x.shape[1] != num_heads):
-        here = "" if first is None else f" from {name}_head={first} on"
-        raise ValueError(f"{name}: expected K={num_heads} heads{here}, got {_checks.describe(x)}")
-    return start
 
 
 def _check_pages(pages: Any) -> int:
@@ -543,13 +477,7 @@ def copy_pages(
     pages = _no_derivative("copy_pages", pages)
     if not src.shape[0]:
         return pages
-    return _dispatch(
-        "copy_pages",
-        implementation,
-        mosaic_gpu=_mosaic("sm90.copy", "copy_pages", pages, src, dst),
-        triton=_triton("triton.copy", "copy_pages", pages, src, dst),
-        xla=lambda: xla.copy_pages(pages, src, dst),
-    )
+    return _run("copy_pages", implementation, lambda backend: backend.copy_pages(pages, src, dst))
 
 
 def gather_pages(
@@ -580,13 +508,7 @@ def gather_pages(
     _check_pages(pages)
     ids = _checks.int_array("page_ids", page_ids, "N")
     pages = _no_derivative("gather_pages", pages)
-    return _dispatch(
-        "gather_pages",
-        implementation,
-        mosaic_gpu=_mosaic("sm90.copy", "gather_pages", pages, ids),
-        triton=_triton("triton.copy", "gather_pages", pages, ids),
-        xla=lambda: jax.tree.map(lambda p: xla.gather_pages(p, ids), pages),
-    )
+    return _run("gather_pages", implementation, lambda backend: backend.gather_pages(pages, ids))
 
 
 def scatter_pages(
@@ -627,13 +549,112 @@ def scatter_pages(
         if jnp.shape(block) != expected or block.dtype != page.dtype:
             raise ValueError(f"blocks: expected {page.dtype}{list(expected)}, got {_checks.describe(block)}")
     pages, blocks = _no_derivative("scatter_pages", (pages, blocks))
-    return _dispatch(
-        "scatter_pages",
-        implementation,
-        mosaic_gpu=_mosaic("sm90.copy", "scatter_pages", pages, ids, blocks),
-        triton=_triton("triton.copy", "scatter_pages", pages, ids, blocks),
-        xla=lambda: jax.tree.map(lambda p, b: xla.scatter_pages(p, ids, b), pages, blocks),
+    return _run("scatter_pages", implementation, lambda backend: backend.scatter_pages(pages, ids, blocks))
+
+
+class Choice(NamedTuple):
+    """What `explain` tells of an op."""
+
+    backend: str
+    """The one that does it."""
+    reasons: dict[str, str]
+    """Why those that would be preferred do not, by their names."""
+
+
+def explain(
+    config: CacheConfig,
+    *,
+    num_heads: int | None = None,
+    num_tokens: int | None = None,
+    max_query_len: int | None = None,
+) -> tuple[dict[str, Choice], ...]:
+    """Which backend does each op of a cache on the default device, and why not the others. Nothing is computed.
+
+    Args:
+      config: the cache's.
+      num_heads: query heads; None takes each group's, or else one for each KV head.
+      num_tokens: query tokens of a step; None: one a row.
+      max_query_len: most query tokens of a row; None: 1 in a step of one a row, or else num_tokens.
+
+    Returns:
+      For each layer group, a `Choice` by the name of the op. Queries and new tokens have the group's dtype.
+
+    Raises:
+      ValueError, TypeError: an argument is out of its range or of another type.
+
+    Example:
+      >>> import paxcache
+      >>> from paxcache import ops
+      >>> config = paxcache.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=80, num_pages=16, max_seqs=2,
+      ...                               max_pages_per_seq=8)
+      >>> (choices,) = ops.explain(config)
+      >>> sorted(choices)
+      ['copy_pages', 'gather_pages', 'paged_attention', 'scatter_pages', 'write_pages']
+      >>> choices["paged_attention"].backend in ("mosaic_gpu", "triton", "xla")
+      True
+    """
+    _checks.instance("config", config, CacheConfig)
+    if max_query_len is None:
+        max_query_len = 1 if num_tokens is None else num_tokens
+    num_tokens = config.max_seqs if num_tokens is None else num_tokens
+    sizes = {
+        "num_tokens": _checks.static_int("num_tokens", num_tokens, minimum=1),
+        "max_query_len": _checks.static_int("max_query_len", max_query_len, minimum=1),
+    }
+    heads = None if num_heads is None else _checks.static_int("num_heads", num_heads, minimum=1)
+    return tuple(
+        _explain_group(config, group, heads or group.num_heads or group.num_kv_heads, **sizes)
+        for group in config.layer_groups
     )
+
+
+def _explain_group(
+    config: CacheConfig, group: LayerGroup, num_heads: int, *, num_tokens: int, max_query_len: int
+) -> dict[str, Choice]:
+    """The choices for a layer group: each op is traced with shapes, by one backend after the other."""
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def pool(width: int) -> Any:
+        num_pages = config.group_num_pages(group)
+        shape = group.num_layers, num_pages, group.num_kv_heads, config.page_size, width
+        if group.quantization is None:
+            return array(*shape, dtype=group.dtype)
+        given = array(group.num_layers, dtype=jnp.float32) if group.scales == "per_tensor" else None
+        name = group.quantization
+        return jax.eval_shape(lambda scales: _quantize.empty(name, shape, scales), given)
+
+    pools = Pools(pool(group.head_dim), pool(group.value_dim) if group.value_dim else None, array())
+    ids = row = array(config.max_seqs)
+    rows = Rows(array(config.max_seqs, config.max_pages_per_seq), row, row, row)
+    scores = Scores(1.0, sliding_window=group.sliding_window)
+    q = array(num_tokens, num_heads, group.head_dim, dtype=group.dtype)
+    k = array(num_tokens, group.num_kv_heads, group.head_dim, dtype=group.dtype)
+    v = array(num_tokens, group.num_kv_heads, group.value_dim, dtype=group.dtype)
+    pages = tuple(pools.arrays)
+    blocks = jax.tree.map(lambda x: array(ids.shape[0], x.shape[0], *x.shape[2:], dtype=x.dtype), pages)
+
+    def choice(op: str, function: Callable[..., Any], *arguments: Any) -> Choice:
+        def trace(backend: Backend) -> Any:
+            return jax.eval_shape(functools.partial(function, backend), *arguments)
+
+        name, refused, _ = _first(op, None, trace)
+        return Choice(name, refused)
+
+    def attend(backend: Backend, q: Any, pools: Pools, rows: Rows) -> Any:
+        return backend.paged_attention(q, pools, rows, scores, max_query_len=max_query_len)
+
+    def write(backend: Backend, pools: Pools, k: Any, v: Any, slots: Any) -> Any:
+        return backend.write_pages(pools, k, None if pools.v is None else v, slots)
+
+    return {
+        "paged_attention": choice("paged_attention", attend, q, pools, rows),
+        "write_pages": choice("write_pages", write, pools, k, v, array(num_tokens)),
+        "copy_pages": choice("copy_pages", lambda b, *x: b.copy_pages(*x), pages, ids, ids),
+        "gather_pages": choice("gather_pages", lambda b, *x: b.gather_pages(*x), pages, ids),
+        "scatter_pages": choice("scatter_pages", lambda b, *x: b.scatter_pages(*x), pages, ids, blocks),
+    }
 
 
 def merge_attention(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paxcache import _quantize, ops
+from paxcache.kernels._request import Pools, Rows, Scores, Shapes
 from paxcache.ops import QuantizedPages
 
 LAYERS, LAYER = 2, 1
@@ -90,6 +91,44 @@ def make_inputs(case: Case, seed: int) -> dict[str, Any]:
         "query_lens": jnp.asarray(query_lens, jnp.int32),
         "sinks": jnp.asarray(rng.standard_normal(num_heads), jnp.float32) if case.sinks else None,
     }
+
+
+def rows_of(inputs: dict[str, Any]) -> Rows:
+    return Rows(*(inputs[x] for x in ("block_tables", "seq_lens", "query_starts", "query_lens")))
+
+
+def request(
+    case: Case, inputs: dict[str, Any], *, return_lse: bool = True, **changes: Any
+) -> tuple[jax.Array, Pools, Rows, Scores]:
+    """The arguments of attention. The changes are of the scores."""
+    scores = Scores(
+        sm_scale=case.head_dim**-0.5,
+        soft_cap=case.soft_cap,
+        sliding_window=case.window,
+        sinks=inputs["sinks"],
+        causal=case.causal,
+        return_lse=return_lse,
+    )
+    pools = Pools(inputs["k_pages"], inputs["v_pages"], inputs["layer"])
+    return inputs["q"], pools, rows_of(inputs), scores._replace(**changes)
+
+
+def shapes_of(case: Case, **changes: Any) -> Shapes:
+    """What is static in a case; rows and tokens are one unless the changes say otherwise."""
+    known = {
+        "num_rows": 1,
+        "num_tokens": 1,
+        "max_query_len": case.max_query_len,
+        "num_heads": case.kv_heads * case.group,
+    }
+    return Shapes(
+        **known | changes,
+        num_kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        page_size=case.page_size,
+        dtype=case.kv_dtype,
+        windowed=case.window is not None,
+    )
 
 
 def quantized(x: np.ndarray, case: Case) -> QuantizedPages:

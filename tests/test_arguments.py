@@ -46,7 +46,6 @@ def _both(*values: Any) -> Any:
 
 BAD_CALLS: dict[str, Any] = {
     "extend: neither": (lambda c, s: paxcache.extend(c, _NONE), "num_tokens"),
-    "extend: both": (lambda c, s: paxcache.extend(c, _NONE, num_tokens=4, max_query_len=1), "num_tokens"),
     "extend: rows": (lambda c, s: paxcache.extend(c, jnp.zeros(3, jnp.int32), num_tokens=4), "query_lens"),
     "extend: floats": (lambda c, s: paxcache.extend(c, jnp.zeros(4), num_tokens=4), "query_lens"),
     "extend: bools": (lambda c, s: paxcache.extend(c, jnp.zeros(4, bool), num_tokens=4), "query_lens"),

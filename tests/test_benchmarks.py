@@ -20,6 +20,7 @@ import oracle
 import paxcache
 import timing
 import tune_kernels
+from paxcache.kernels._request import Shapes
 from paxcache.kernels.sm90 import _mosaic
 from paxcache.kernels.sm90 import decode as decode_sm90
 from timing import Contestant, Event, Report, Variant
@@ -405,8 +406,11 @@ def test_a_search_ends_where_no_step_gains_enough():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 def test_neighbours_differ_in_a_field_and_keep_what_must_hold(dtype):
     limits = _mosaic.DeviceLimits()
-    shapes = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16, "max_query_len": 1}
-    config = decode_sm90.default_config(**shapes, dtype=jnp.dtype(dtype), limits=limits)
+    shapes = Shapes(
+        num_rows=1, num_tokens=1, max_query_len=1, num_heads=32, num_kv_heads=8, head_dim=128, page_size=16,
+        dtype=jnp.dtype(dtype), windowed=False,
+    )  # fmt: skip
+    config = decode_sm90.default_config(shapes, limits=limits)
     found = list(tune_kernels.decode_sm90(config, limits.num_sms))
     assert len(set(found)) == len(found) > 4
     assert config not in found

@@ -139,15 +139,6 @@ def test_groups_of_entries(num_entries, live, one_sm, no_races):
     assert_same(actual, {"k": copied(pages["k"], src, dst)})
 
 
-@pytest.mark.parametrize("count", [-3, 0, 1, 3, 9])
-def test_count_bounds_the_list(count, one_sm, no_races):
-    pages = draw({"k": (2, 8, 16)})
-    src, dst = ENTRIES
-    actual = copy_sm90.copy_pages(pages, i32(src), i32(dst), jnp.int32(count), config=SMALL, interpret=RACES)
-    used = slice(0, max(0, count))
-    assert_same(actual, {"k": copied(pages["k"], src[used], dst[used])})
-
-
 def test_empty_lists():
     pages = draw({"k": (2, 8, 16)})
     none = jnp.zeros(0, jnp.int32)
@@ -254,12 +245,11 @@ def test_compiles_for_h200(dtype):
     def shape(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
-    ids, count = shape(300, dtype="int32"), shape(dtype="int32")
+    ids = shape(300, dtype="int32")
     pages = {"k": shape(4, 64, 8, 16, 128), "v": shape(4, 64, 8, 16, 64)}
     pages["scales"] = shape(4, 64, 8, 16, dtype="float32")
     blocks = jax.tree.map(lambda x: shape(300, 4, *x.shape[2:], dtype=x.dtype), pages)
     assert_lean(aot.compile_for_h200(copy_sm90.copy_pages, pages, ids, ids, donate=(0,)))
-    assert_lean(aot.compile_for_h200(copy_sm90.copy_pages, pages, ids, ids, count, donate=(0,)))
     assert_lean(aot.compile_for_h200(copy_sm90.gather_pages, pages, ids))
     assert_lean(aot.compile_for_h200(copy_sm90.scatter_pages, pages, ids, blocks, donate=(0,)))
 

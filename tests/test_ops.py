@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
+import types
 from typing import Any
 
 import jax
@@ -13,7 +15,8 @@ import pytest
 
 import catalogue
 import oracle
-from paxcache import ops
+import paxcache
+from paxcache import _checks, ops
 from paxcache.kernels import xla
 
 WRITES = [pytest.param(case, id=case.name) for case in catalogue.WRITE]
@@ -185,6 +188,8 @@ def test_attention_with_a_plan_gives_the_same_bits(name, implementation):
         arrays["seq_lens"],
         num_heads=case.num_heads,
         num_kv_heads=case.num_kv_heads,
+        head_dim=arrays["q"].shape[-1],
+        dtype=arrays["k_pages"].dtype,
         page_size=case.page_size,
         query_lens=lens,
         num_tokens=None if lens is None else arrays["q"].shape[0],
@@ -567,30 +572,6 @@ def test_write_pages_names_the_bad_argument(what):
         ops.write_pages(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("heads", "match"),
-    [({}, "k: expected K=2 heads, got"), ({"k_head": 5}, "k_head=5"), ({"k_head": 0, "v_head": 5}, "v_head=5"),
-     ({"k_head": -1}, "k_head must be at least 0")],
-)  # fmt: skip
-def test_write_pages_names_bad_heads(heads, match):
-    fused = jnp.zeros((_SLOTS.shape[0], 3 * _K.shape[1], _K.shape[2]))
-    with pytest.raises(ValueError, match=match):
-        ops.write_pages(_POOL, _POOL, fused, fused, _SLOTS, **heads)
-
-
-@pytest.mark.parametrize("implementation", catalogue.IMPLEMENTATIONS)
-def test_write_pages_reads_heads_of_a_fused_projection(implementation):
-    qkv = jnp.asarray(np.random.default_rng(0).standard_normal((4, 8, 64)), jnp.bfloat16)  # [T, H + 2 K, D]
-    pool, slots = jnp.zeros((3, 2, 8, 64), jnp.bfloat16), jnp.array([5, 23, -1, 0])
-    wanted = ops.write_pages(pool, pool, qkv[:, 4:6], qkv[:, 6:], slots, implementation="xla")
-    try:
-        got = ops.write_pages(pool, pool, qkv, qkv, slots, k_head=4, v_head=6, implementation=implementation)
-    except NotImplementedError as error:
-        assert implementation != "xla"
-        pytest.skip(str(error))
-    jax.tree.map(np.testing.assert_array_equal, got, wanted)
-
-
 _PAGES = _page_tree()
 _IDS = jnp.zeros(2, jnp.int32)
 _BLOCKS = jax.tree.map(lambda x: jnp.zeros((2, 3, *x.shape[2:]), x.dtype), _PAGES)
@@ -688,3 +669,130 @@ def test_messages_say_what_was_expected_and_what_came():
     with pytest.raises(ValueError) as error:
         ops.paged_attention(**{**_GOOD, "seq_lens": jnp.zeros(5, jnp.int32)})
     assert re.search(r"6", str(error.value)) and "int32[5]" in str(error.value)
+
+
+# Which backend.
+
+
+@pytest.fixture
+def old_gpu(monkeypatch):
+    """A GPU that no kernel runs on, as far as the backends are told."""
+    device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA V100", compute_capability="7.0")
+    monkeypatch.setattr(_checks, "default_device", lambda: device)
+    monkeypatch.setattr("paxcache.kernels.triton._triton.default_device", lambda: device)
+    ops._warn_of_xla.cache_clear()
+
+
+CONFIG = paxcache.CacheConfig(
+    groups=(
+        paxcache.LayerGroup(num_layers=2, num_kv_heads=2, head_dim=64, num_heads=8),
+        paxcache.LayerGroup(
+            num_layers=1, num_kv_heads=1, head_dim=32, v_head_dim=0, quantization="int8", sliding_window=9
+        ),
+        paxcache.LayerGroup(
+            num_layers=1, num_kv_heads=1, head_dim=8, quantization="int8", scales="per_tensor"
+        ),
+    ),
+    num_pages=16,
+    max_seqs=3,
+    max_pages_per_seq=8,
+)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"num_tokens": 40}, {"num_tokens": 6, "max_query_len": 2}])
+def test_explain_names_a_backend_for_every_op(sizes):
+    explained = ops.explain(CONFIG, **sizes)
+    assert len(explained) == 3
+    for choices in explained:
+        assert set(choices) == {
+            "paged_attention", "write_pages", "copy_pages", "gather_pages", "scatter_pages",
+        }  # fmt: skip
+        if _checks.default_device().platform == "cpu":
+            for backend, reasons in choices.values():
+                assert backend == "xla"
+                assert list(reasons) == ["mosaic_gpu", "triton"]
+
+
+def test_explain_tells_the_reasons(old_gpu):
+    for choices in ops.explain(CONFIG):
+        for backend, reasons in choices.values():
+            assert backend == "xla"
+            assert re.search(r"compute capability 9\.0.*V100.* has 7\.0", reasons["mosaic_gpu"])
+            assert re.search(r"compute capability 8\.0 or more", reasons["triton"])
+
+
+def test_the_plain_form_on_a_gpu_warns_once_with_the_reason(old_gpu, recwarn):
+    pool, ids = jnp.zeros((2, 4)), jnp.array([3, -1])
+    with pytest.warns(UserWarning, match=r"ops\.gather_pages .* mosaic_gpu needs .*; triton needs"):
+        ops.gather_pages(pool, ids)
+    recwarn.clear()
+    ops.gather_pages(pool, ids)
+    ops.gather_pages(pool, ids, implementation="xla")
+    ops.copy_pages(pool, ids, ids, implementation="xla")
+    assert not recwarn.list
+
+
+def test_a_refusal_of_all_backends_shows_all_reasons(monkeypatch):
+    def refuse(reason):
+        def function(*_):
+            raise NotImplementedError(reason)
+
+        return types.SimpleNamespace(gather_pages=function)
+
+    backends = {
+        name: functools.partial(refuse, f"reason of {name}") for name in ("mosaic_gpu", "triton", "xla")
+    }
+    monkeypatch.setattr(ops.kernels, "BACKENDS", backends)
+    with pytest.raises(NotImplementedError, match=r"gather_pages: .*mosaic_gpu.*; .*triton.*; .*xla"):
+        ops.gather_pages(jnp.zeros((2, 4)), jnp.array([3]))
+
+
+def test_all_is_what_is_public():
+    assert all(hasattr(ops, name) for name in ops.__all__)
+    with pytest.raises(TypeError, match="head_dim"):
+        ops.plan(jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), num_kv_heads=1, page_size=8)  # type: ignore
+
+
+# Steps that know their sizes.
+
+
+def test_extend_hands_known_query_heads_to_the_plan(monkeypatch):
+    seen = []
+    own = ops.plan
+
+    def plan(*arguments, **options):
+        seen.append(options["num_heads"])
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(ops, "plan", plan)
+    cache = paxcache.init(dataclasses.replace(CONFIG, groups=CONFIG.groups[:2]))
+    jax.eval_shape(functools.partial(paxcache.extend, num_tokens=7), cache, jnp.ones(3, jnp.int32))
+    assert seen == [8, None]
+
+
+def test_query_heads_must_be_a_multiple():
+    with pytest.raises(ValueError, match="num_heads must be a multiple of num_kv_heads=2, got 5"):
+        paxcache.LayerGroup(num_layers=2, num_kv_heads=2, head_dim=64, num_heads=5)
+
+
+def test_a_packed_step_of_short_rows():
+    """It is the packed step, but for rows that ask for more than they may, which are refused."""
+    config = dataclasses.replace(CONFIG, groups=CONFIG.groups[:1])
+    cache, lens = paxcache.init(config), jnp.array([2, 3, 1])
+    _, step = paxcache.extend(cache, lens, num_tokens=8)
+    _, short = paxcache.extend(cache, lens, num_tokens=8, max_query_len=3)
+    assert (step.max_query_len, short.max_query_len) == (8, 3)
+    for name in ("positions", "rows", "query_starts", "query_lens", "seq_lens", "status", "slot_mapping"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(short, name), getattr(step, name))
+    grown, step = paxcache.extend(cache, lens, num_tokens=8, max_query_len=2)
+    assert step.status.tolist() == [paxcache.Status.OK, paxcache.Status.STEP_FULL, paxcache.Status.OK]
+    assert grown.seq_lens.tolist() == [2, 0, 1]
+    assert step.query_starts.tolist() == [0, 2, 5]
+
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((8, n, 64)), jnp.bfloat16) for n in (8, 2, 2))
+    outs = []
+    for sizes in ({"num_tokens": 8}, {"num_tokens": 8, "max_query_len": 3}):
+        grown, step = paxcache.extend(cache, lens, **sizes)
+        outs.append(paxcache.attend(paxcache.append(grown, 0, k, v, step), 0, q, step).astype(jnp.float32))
+    np.testing.assert_allclose(*outs, rtol=2e-2, atol=2e-2)

@@ -20,14 +20,29 @@ from jax.sharding import PartitionSpec
 import aot
 from paxcache._quantize import FORMATS, QuantizedPages
 from paxcache.kernels import xla
-from paxcache.kernels.sm90 import _mosaic
-from paxcache.kernels.sm90 import quantize as quantize_sm90
+from paxcache.kernels._request import Pools
+from paxcache.kernels.sm90 import _mosaic, quantize
 
 L, P, S = 2, 5, 8
 RACES = _mosaic.interpreter(detect_races=True)
 KINDS = ("per_token_head", "per_tensor")
-write_pages: Any = quantize_sm90.write_pages
-expect: Any = jax.jit(xla.write_pages)
+
+
+def _write_pages(
+    k_pages: Any, v_pages: Any, k: Any, v: Any, slots: Any, layer: Any, **options: Any
+) -> tuple[Any, Any]:
+    return quantize.write_pages(Pools(k_pages, v_pages, layer), k, v, slots, **options)
+
+
+write_pages: Any = _write_pages
+
+
+@jax.jit
+def _expect(k_pages: Any, v_pages: Any, k: Any, v: Any, slots: Any, layer: Any) -> tuple[Any, Any]:
+    return xla.write_pages(Pools(k_pages, v_pages, layer), k, v, slots)
+
+
+expect: Any = _expect
 
 
 @pytest.fixture
@@ -110,7 +125,7 @@ FORMATS_AND_KINDS = [(form, kind) for form in FORMATS for kind in KINDS]
 
 @pytest.mark.parametrize(
     ("form", "kind", "dtype"),
-    [(*case, quantize_sm90.TOKEN_DTYPES[i % 3]) for i, case in enumerate(FORMATS_AND_KINDS)],
+    [(*case, quantize.TOKEN_DTYPES[i % 3]) for i, case in enumerate(FORMATS_AND_KINDS)],
 )
 def test_formats_match_xla_without_races(form, kind, dtype, no_races):
     check(*case(form=form, kind=kind, dtype=jnp.dtype(dtype)), interpret=RACES)
@@ -130,9 +145,9 @@ CASES = {
     "page_of_128": dict(page_size=128, num_pages=2),
     "scale_a_page": dict(page_size=1, K=1, num_pages=11),
     "one_token": dict(num_tokens=1),
-    "three_blocks": dict(num_tokens=9, config=quantize_sm90.Config(block_tokens=4)),
-    "block_of_three": dict(num_tokens=7, config=quantize_sm90.Config(block_tokens=3)),
-    "one_block": dict(num_tokens=6, config=quantize_sm90.Config(block_tokens=6)),
+    "three_blocks": dict(num_tokens=9, config=quantize.Config(block_tokens=4)),
+    "block_of_three": dict(num_tokens=7, config=quantize.Config(block_tokens=3)),
+    "one_block": dict(num_tokens=6, config=quantize.Config(block_tokens=6)),
 }
 
 
@@ -148,16 +163,6 @@ def test_latent_attention_has_no_v(no_races):
     pages, none = write_pages(pools[0], None, tokens[0], None, slots, 0, interpret=RACES)
     assert none is None
     assert_same(pages, expect(pools[0], None, tokens[0], None, slots, jnp.int32(0))[0])
-
-
-@pytest.mark.parametrize("form", ["fp8_e4m3", "int4"])
-def test_fused_projection(form, no_races):
-    pools, _, slots = case(K=2, form=form)
-    qkv = draw_tokens(np.random.default_rng(1), (9, 5 + 2 + 2, 16), jnp.bfloat16)
-    written = write_pages(*pools, qkv, qkv, slots, 0, k_head=5, v_head=7, interpret=RACES)
-    assert_same(written, expect(*pools, qkv[:, 5:7], qkv[:, 7:], slots, jnp.int32(0)))
-    with pytest.raises(ValueError, match="v_head: expected 2 heads from it on"):
-        write_pages(*pools, qkv, qkv, slots, 0, k_head=5, v_head=8)
 
 
 def test_int64_slots(no_races):
@@ -256,22 +261,22 @@ def test_unsupported(options, reason):
         jax.ShapeDtypeStruct(lead, jnp.float32),  # pyright: ignore
     )
     tokens = jax.ShapeDtypeStruct((32, options["K"], options["D"]), jnp.bfloat16)
-    config = quantize_sm90.Config(block_tokens=options["block_tokens"])
+    config = quantize.Config(block_tokens=options["block_tokens"])
     with pytest.raises(NotImplementedError, match=reason):
-        quantize_sm90.check_supported(pages, pages, tokens, tokens, config)
+        quantize.check_supported(Pools(pages, pages, 0), tokens, tokens, config)
 
 
 def test_other_chips_are_declined():
-    (k_pages, v_pages), (k, v), _ = case()
+    pools, (k, v), _ = case()
     blackwell = _mosaic.DeviceLimits(compute_capability=(10, 0))
     with pytest.raises(NotImplementedError, match=r"this one has 10\.0"):
-        quantize_sm90.check_supported(k_pages, v_pages, k, v, limits=blackwell)
+        quantize.check_supported(Pools(pools[0], pools[1], 0), k, v, limits=blackwell)
 
 
 def test_default_config_fills_the_chip():
     def blocks(num_tokens, K, D, dtype=jnp.bfloat16, num_arrays=2):
         limits = _mosaic.DeviceLimits()
-        return quantize_sm90.default_config(num_tokens, num_arrays, K, D, dtype, limits).block_tokens
+        return quantize.default_config(num_tokens, num_arrays, K, D, dtype, limits).block_tokens
 
     assert [blocks(n, 8, 128) for n in (1, 64, 264, 265, 65536)] == [1, 1, 1, 2, 4]
     assert blocks(300, 8, 128, num_arrays=1) == 1
@@ -337,7 +342,7 @@ def assert_lean(compiled):
 @needs_cuda_plugin
 @pytest.mark.parametrize(
     ("form", "kind", "dtype"),
-    [(*both, quantize_sm90.TOKEN_DTYPES[i % 3]) for i, both in enumerate(FORMATS_AND_KINDS)],
+    [(*both, quantize.TOKEN_DTYPES[i % 3]) for i, both in enumerate(FORMATS_AND_KINDS)],
 )
 def test_formats_compile_for_h200(form, kind, dtype):
     operands = shapes(*SHAPES["usual"], form=form, kind=kind, dtype=dtype)
@@ -380,20 +385,6 @@ def test_int64_slots_compile_for_h200():
 
 
 @needs_cuda_plugin
-@pytest.mark.parametrize("form", ["fp8_e4m3", "int4"])
-def test_fused_projection_is_not_copied(form):
-    K, D, _ = SHAPES["usual"]
-    *pools, k, _, slots, layer = shapes(K, D, D, form=form)
-    qkv = jax.ShapeDtypeStruct((k.shape[0], 6 * K * D), k.dtype)
-
-    def write(k_pages, v_pages, qkv, slots, layer):
-        qkv = qkv.reshape(-1, 6 * K, D)
-        return write_pages(k_pages, v_pages, qkv, qkv, slots, layer, k_head=4 * K, v_head=5 * K)
-
-    assert_lean(aot.compile_for_h200(write, *pools, qkv, slots, layer, donate=(0, 1)))
-
-
-@needs_cuda_plugin
 @pytest.mark.parametrize("kind", KINDS)
 def test_loops_over_layers_stay_in_place(kind):
     *pools, k, v, slots, _ = shapes(*SHAPES["usual"], kind=kind)
@@ -423,7 +414,7 @@ def test_loops_over_layers_stay_in_place(kind):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("form", "kind"), FORMATS_AND_KINDS)
-@pytest.mark.parametrize("dtype", quantize_sm90.TOKEN_DTYPES)
+@pytest.mark.parametrize("dtype", quantize.TOKEN_DTYPES)
 def test_formats_on_gpu(form, kind, dtype):
     options: Any = dict(form=form, kind=kind, dtype=jnp.dtype(dtype), K=8, D=128, page_size=16, num_pages=140)
     for seed, num_tokens in enumerate((1, 130, 2001)):
@@ -453,18 +444,8 @@ def test_page_sizes_on_gpu(page_size):
 @pytest.mark.gpu
 @pytest.mark.parametrize("block_tokens", [1, 2, 3, 4, 8])
 def test_blocks_on_gpu(block_tokens):
-    config = quantize_sm90.Config(block_tokens=block_tokens)
+    config = quantize.Config(block_tokens=block_tokens)
     check(*case(K=8, D=128, num_tokens=150, num_pages=20), config=config)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("form", ["fp8_e4m3", "int4"])
-def test_fused_projection_on_gpu(form):
-    K, D, _ = SHAPES["usual"]
-    pools, _, slots = case(K=K, D=D, form=form, num_tokens=150, num_pages=20)
-    qkv = draw_tokens(np.random.default_rng(2), (150, 6 * K, D), jnp.bfloat16)
-    written = jax.jit(functools.partial(write_pages, k_head=4 * K, v_head=5 * K))(*pools, qkv, qkv, slots, 0)
-    assert_same(written, expect(*pools, qkv[:, 4 * K : 5 * K], qkv[:, 5 * K :], slots, jnp.int32(0)))
 
 
 @pytest.mark.gpu

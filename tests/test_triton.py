@@ -31,7 +31,7 @@ import catalogue
 import test_quantize
 from paxcache import ops
 from paxcache._quantize import FORMATS, QuantizedPages
-from paxcache.kernels import _request
+from paxcache.kernels._request import Pools, Rows, Scores, Shapes
 from paxcache.kernels.triton import _tiles, _triton
 from paxcache.kernels.triton import attention as attention_triton
 from paxcache.kernels.triton import copy as copy_triton
@@ -41,11 +41,31 @@ from paxcache.kernels.triton import write as write_triton
 
 KERNELS: tuple[Any, ...] = (copy_triton, decode_triton, prefill_triton, write_triton)
 tl: Any = _triton.tl
-paged_attention: Any = attention_triton.paged_attention
-write_pages: Any = write_triton.write_pages
 quantized_pages: Any = QuantizedPages
 SMALL = _triton.Limits(num_sms=4, compute_capability=(8, 0))
 ARCHITECTURES = {80: 108, 86: 82, 89: 128, 90: 132}  # and the SMs of one such GPU
+
+
+def _paged_attention(
+    q: Any, k_pages: Any, v_pages: Any, tables: Any, lens: Any, starts: Any, queries: Any, layer: Any,
+    *, max_query_len: int, limits: _triton.Limits, plan: Any = None, **scores: Any,
+) -> tuple[Any, Any]:  # fmt: skip
+    pools, rows = Pools(k_pages, v_pages, layer), Rows(tables, lens, starts, queries)
+    options: dict[str, Any] = {"max_query_len": max_query_len, "limits": limits, "plan": plan}
+    return attention_triton.paged_attention(q, pools, rows, Scores(**scores), **options)
+
+
+paged_attention: Any = _paged_attention
+
+
+def _write_pages(
+    k_pages: Any, v_pages: Any, k: Any, v: Any, slots: Any, layer: Any, *, limits: _triton.Limits
+) -> tuple[Any, Any]:
+    return write_triton.write_pages(Pools(k_pages, v_pages, layer), k, v, slots, limits=limits)
+
+
+write_pages: Any = _write_pages
+
 
 needs_triton = pytest.mark.skipif(_triton.tl is None, reason="Triton is not installed")
 
@@ -144,7 +164,8 @@ def test_ranges_visit_every_tile_once_and_joins_find_their_parts(window, seed):
         shape, num_rows=6, max_query_len=1, windowed=window is not None, config=config
     )
     queries = jnp.asarray(np.where(rng.random(6) < 0.2, 2, 1), jnp.int32)  # those with two are not served
-    plan = decode_triton.decode_plan(jnp.asarray(lens), queries, sliding_window=window, made_for=made_for)
+    rows = Rows(jnp.zeros((6, 1), jnp.int32), jnp.asarray(lens), jnp.arange(6, dtype=jnp.int32), queries)
+    plan = decode_triton.decode_plan(rows, made_for, sliding_window=window)
     served = np.where(np.asarray(queries) == 1, lens, 0)
     first = np.zeros_like(served) if window is None else np.maximum(served - window, 0)
     num_tiles = -(-(served - first) // made_for.tile)
@@ -183,14 +204,9 @@ def test_tiles_cover_every_query_token_once(seed):
         min_query_len=2,
         config=prefill_triton.default_config(shape, SMALL),
     )
-    plan = prefill_triton.prefill_plan(
-        jnp.asarray(tables),
-        jnp.asarray(lens),
-        jnp.asarray(queries),
-        page_size=16,
-        sliding_window=None,
-        made_for=made_for,
-    )
+    starts = np.cumsum(queries) - queries
+    rows = Rows(*(jnp.asarray(x, jnp.int32) for x in (tables, lens, starts, queries)))
+    plan = prefill_triton.prefill_plan(rows, made_for)
     tokens = []
     for row, first, holes, _ in np.asarray(plan.tiles):
         if row >= 0:
@@ -204,45 +220,28 @@ def test_tiles_cover_every_query_token_once(seed):
 @pytest.mark.parametrize("form", [None, "fp8_e4m3", "int4"])
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("queries", [1, 8, 300])
-def test_a_plan_made_without_the_query_heads_fits(queries, group, form):
-    """`extend` knows neither the number of query heads nor their dtype."""
+def test_a_plan_made_before_the_queries_are_known_fits(queries, group, form):
+    """`extend` does not know their dtype, nor whether there are scales for each token."""
     B, K, D, S = 3, 2, 64, 16
     tokens = B * min(queries, 16) if queries <= 16 else queries
     dtype = jnp.bfloat16 if form is None else FORMATS[form].dtype
-    tables, lens = jnp.zeros((B, 20), jnp.int32), jnp.full(B, 20, jnp.int32)
-    plan = attention_triton.make_plan(
-        tables,
-        lens,
-        lens,
-        jnp.ones(B, jnp.int32),
-        num_tokens=tokens,
-        num_heads=None,
-        num_kv_heads=K,
-        head_dim=D,
-        page_size=S,
-        max_query_len=queries,
-        dtype=dtype,
-        sliding_window=None,
-        causal=True,
-        limits=SMALL,
-    )
+    lens = jnp.full(B, 20, jnp.int32)
+    rows = Rows(jnp.zeros((B, 20), jnp.int32), lens, lens, jnp.ones(B, jnp.int32))
+    shapes = Shapes(
+        num_rows=B, num_tokens=tokens, max_query_len=queries, num_heads=K * group, num_kv_heads=K, head_dim=D,
+        page_size=S, dtype=dtype, windowed=False,
+    )  # fmt: skip
+    plan = attention_triton.make_plan(rows, shapes, limits=SMALL)
     per_element = 1 if form is None else FORMATS[form].per_element
     pool: Any = jax.ShapeDtypeStruct((1, 5, K, S, D // per_element), dtype)
     if form is not None:
         pool = quantized_pages(pool, jax.ShapeDtypeStruct((1, 5, K, S), jnp.float32))
     q = jax.ShapeDtypeStruct((tokens, K * group, D), jnp.bfloat16)
-    step = attention_triton._Step(
-        shape=_tiles.shape_of(q, pool, pool),
-        num_rows=B,
-        num_tokens=tokens,
-        max_query_len=queries,
-        windowed=False,
-        limits=SMALL,
-    )
-    assert _request.fitting(plan.decode, step.decode()[1]) is not None
-    assert step.is_mixed == (queries > 16)
-    if step.is_mixed:
-        assert _request.fitting(plan.prefill, step.prefill()[1]) is not None
+    shape = _tiles.shape_of(q, Pools(pool, pool, 0))
+    assert shapes.is_mixed == (queries > 16)
+    assert attention_triton.Launch(shapes, shape, SMALL).fits(plan)
+    unknown = dataclasses.replace(shapes, num_heads=None)
+    assert attention_triton.make_plan(rows, unknown, limits=SMALL) is None
 
 
 # Compiled, without a GPU.
@@ -606,18 +605,17 @@ def write_checks(dtypes: tuple[str, ...]) -> Iterator[Check]:
             random_pool(rng, form, scales, dtype, DV) if DV else None,
         )
         T = 29
-        k, v = (rng.standard_normal((T, n, max(w, 1))) for n, w in ((5, D), (4, DV)))
-        k, v = k * np.exp(3 * rng.standard_normal((T, 5, 1))), v * np.exp(3 * rng.standard_normal((T, 4, 1)))
+        k, v = (rng.standard_normal((T, 3, max(w, 1))) for w in (D, DV))
+        k, v = (x * np.exp(3 * rng.standard_normal((T, 3, 1))) for x in (k, v))
         if dtype == "float32":
             k[0], k[1, :, 0], k[2, :, 1], k[3], k[4] = 0, np.nan, np.inf, -np.inf, 1e-40
         k, v = jnp.asarray(k, dtype), jnp.asarray(v, dtype) if DV else None
         slots = rng.permutation(9 * 4 + 4)[:T] - 2
         slots[5] = -(2**31)
         slots = jnp.asarray(slots, jnp.int32)
-        heads = {"k_head": 1} | ({"v_head": 1} if DV else {})
-        plain = functools.partial(ops.write_pages, layer=1, implementation="xla", **heads)
+        plain = functools.partial(ops.write_pages, layer=1, implementation="xla")
         expected = (jax.jit(plain) if jit else plain)(*pools, k, v, slots)
-        run = functools.partial(write_pages, layer=jnp.int32(1), limits=limits, **heads)
+        run = functools.partial(write_pages, layer=jnp.int32(1), limits=limits)
         found = (jax.jit(run) if jit else run)(*pools, k, v, slots)
         assert_same_numbers(found, expected)
 

@@ -15,12 +15,20 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.sharding import PartitionSpec
 
 import aot
-from paxcache.kernels.sm90 import _mosaic
-from paxcache.kernels.sm90 import write as write_sm90
+from paxcache.kernels._request import Pools
+from paxcache.kernels.sm90 import _mosaic, write
 
 L, P, S = 2, 5, 8
 RACES = _mosaic.interpreter(detect_races=True)
-write_pages: Any = write_sm90.write_pages
+
+
+def _write_pages(
+    k_pages: Any, v_pages: Any, k: Any, v: Any, slots: Any, layer: Any, **options: Any
+) -> tuple[Any, Any]:
+    return write.write_pages(Pools(k_pages, v_pages, layer), k, v, slots, **options)
+
+
+write_pages: Any = _write_pages
 
 
 @pytest.fixture
@@ -85,8 +93,8 @@ CASES = {
     "page_of_three": dict(page_size=3),
     "page_of_128": dict(page_size=128, num_pages=2),
     "one_token": dict(num_tokens=1),
-    "three_blocks": dict(num_tokens=9, config=write_sm90.Config(block_tokens=4)),
-    "one_block": dict(num_tokens=6, config=write_sm90.Config(block_tokens=6)),
+    "three_blocks": dict(num_tokens=9, config=write.Config(block_tokens=4)),
+    "one_block": dict(num_tokens=6, config=write.Config(block_tokens=6)),
 }
 
 
@@ -102,17 +110,6 @@ def test_latent_attention_has_no_v(no_races):
     pages, none = write_pages(pools[0], None, tokens[0], None, slots, 0, interpret=RACES)
     assert none is None
     assert_same(pages, expect(pools[0], tokens[0], slots, 0))
-
-
-def test_fused_projection(no_races):
-    rng = np.random.default_rng(1)
-    pools, _, slots = case(K=2, D=16)
-    qkv = draw(rng, (7, 5 + 2 + 2, 16), jnp.float32)
-    written = write_pages(*pools, qkv, qkv, slots, 0, k_head=5, v_head=7, interpret=RACES)
-    assert_same(written[0], expect(pools[0], qkv[:, 5:7], slots, 0))
-    assert_same(written[1], expect(pools[1], qkv[:, 7:], slots, 0))
-    with pytest.raises(ValueError, match="v_head: expected 2 heads from it on"):
-        write_pages(*pools, qkv, qkv, slots, 0, k_head=5, v_head=8)
 
 
 def test_int64_slots(no_races):
@@ -215,24 +212,23 @@ def test_unsupported(options, reason):
     options = dict(K=2, D=64, dtype=jnp.bfloat16, num_pages=4) | options
     K, D, dtype = options["K"], options["D"], np.dtype(options["dtype"])
     pages = jax.ShapeDtypeStruct((L, options["num_pages"], K, 16, D), dtype)
-    tokens = jax.ShapeDtypeStruct((4, K, D), dtype)
     with pytest.raises(NotImplementedError, match=reason):
-        write_sm90.check_supported(pages, pages, tokens, tokens)
+        write.check_supported(Pools(pages, pages, 0))
 
 
 def test_other_chips_are_declined():
-    (k_pages, v_pages), (k, v), _ = case()
+    pools, _, _ = case()
     blackwell = _mosaic.DeviceLimits(compute_capability=(10, 0))
     with pytest.raises(NotImplementedError, match=r"this one has 10\.0"):
-        write_sm90.check_supported(k_pages, v_pages, k, v, limits=blackwell)
+        write.check_supported(Pools(pools[0], pools[1], 0), limits=blackwell)
 
 
 def test_default_config_fills_the_chip():
     limits = _mosaic.DeviceLimits()
-    blocks = {n: write_sm90.default_config(n, 4096, limits).block_tokens for n in (1, 64, 256, 65536)}
+    blocks = {n: write.default_config(n, 4096, limits).block_tokens for n in (1, 64, 256, 65536)}
     assert blocks == {1: 1, 64: 1, 256: 1, 65536: 2}
-    assert write_sm90.default_config(65536, 512, limits).block_tokens == 8  # one head left of eight
-    assert write_sm90.default_config(65536, 1 << 17, limits).block_tokens == 1
+    assert write.default_config(65536, 512, limits).block_tokens == 8  # one head left of eight
+    assert write.default_config(65536, 1 << 17, limits).block_tokens == 1
 
 
 # ---- compiled for an H200 ----
@@ -290,20 +286,6 @@ def test_int64_slots_compile_for_h200():
 
 
 @needs_cuda_plugin
-@pytest.mark.parametrize("name", ["usual", "one_head", "head_by_head", "wide"])
-def test_fused_projection_is_not_copied(name):
-    K, D, _ = SHAPES[name]
-    *pools, k, _, slots, layer = shapes(K, D, D)
-    qkv = jax.ShapeDtypeStruct((k.shape[0], 6 * K * D), k.dtype)
-
-    def write(k_pages, v_pages, qkv, slots, layer):
-        qkv = qkv.reshape(-1, 6 * K, D)
-        return write_pages(k_pages, v_pages, qkv, qkv, slots, layer, k_head=4 * K, v_head=5 * K)
-
-    assert_lean(aot.compile_for_h200(write, *pools, qkv, slots, layer, donate=(0, 1)))
-
-
-@needs_cuda_plugin
 def test_loops_over_layers_stay_in_place():
     *pools, k, v, slots, _ = shapes(8, 128, 128)
 
@@ -346,18 +328,6 @@ def test_page_sizes_on_gpu(page_size):
     for K, D in ((8, 128), (1, 64), (3, 8)):
         num_pages = 3000 // page_size
         check(*case(K=K, D=D, dtype=jnp.bfloat16, page_size=page_size, num_tokens=2001, num_pages=num_pages))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["usual", "one_head", "head_by_head", "wide"])
-def test_fused_projection_on_gpu(name):
-    K, D, _ = SHAPES[name]
-    pools, _, slots = case(K=K, D=D, dtype=jnp.bfloat16, num_tokens=150, num_pages=20)
-    qkv = draw(np.random.default_rng(2), (150, 6 * K, D), jnp.bfloat16)
-    write = functools.partial(write_pages, k_head=4 * K, v_head=5 * K)
-    written = jax.jit(write)(*pools, qkv, qkv, slots, 0)
-    assert_same(written[0], expect(pools[0], qkv[:, 4 * K : 5 * K], slots, 0))
-    assert_same(written[1], expect(pools[1], qkv[:, 5 * K :], slots, 0))
 
 
 @pytest.mark.gpu

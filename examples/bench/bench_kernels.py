@@ -158,9 +158,9 @@ def _reference(items, q, k_pages, v_pages, tables, seq_lens, query_lens, query_s
 
 def planner(batch: Batch, implementation: ops.Implementation = None) -> Callable[[], ops.Plan]:
     """Makes the plan of a batch."""
-    (T, num_heads, _), (_, num_kv_heads, page_size, _) = batch.q.shape, batch.k_pages.shape
+    (T, num_heads, head_dim), (_, num_kv_heads, page_size, _) = batch.q.shape, batch.k_pages.shape
     options: dict[str, Any] = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, page_size=page_size)
-    options |= dict(dtype=batch.k_pages.dtype, implementation=implementation)
+    options |= dict(head_dim=head_dim, dtype=batch.k_pages.dtype, implementation=implementation)
     arrays = [batch.block_tables, jnp.asarray(batch.seq_lens)]
     if batch.is_decode:
         return functools.partial(jax.jit(lambda *x: ops.plan(*x, **options)), *arrays)

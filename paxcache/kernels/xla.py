@@ -1,7 +1,7 @@
 """Every op in plain JAX: runs on any device, and is what other backends are measured against.
 
-Imports `_quantize`, and `_allocator` for its sums. Inputs are already checked (by `paxcache.ops`) and in one form:
-pools ``[L, P, K, S, D]`` with a layer index, queries ``[T, H, D]`` with a start and a length for each row.
+Inputs are already checked (by `paxcache.ops`) and in one form: pools ``[L, P, K, S, D]`` with a layer index, queries
+``[T, H, D]`` with a start and a length for each row.
 
 Attention cuts the queries into *tiles* (up to `tile_len` tokens of one row) and each tile's visible keys into *chunks*
 of a few pages. A loop takes a fixed number of (tile, chunk) *items* at a time, computes their partial softmax and joins
@@ -22,6 +22,7 @@ from paxcache._allocator import count_at_most, running_sum
 from paxcache._quantize import QuantizedPages, encode, load, scales_of
 from paxcache._state import state
 from paxcache._types import INT32_MAX
+from paxcache.kernels._request import Pools, Rows, Scores, Shapes, shapes_of
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Int32, PyTree, Shaped
@@ -49,18 +50,16 @@ class Plan:
 
 
 def make_plan(
-    seq_lens: Int32[Array, "B"],
-    query_lens: Int32[Array, "B"],
+    rows: Rows,
+    shapes: Shapes,
     *,
-    num_tokens: int,
-    max_query_len: int,
-    page_size: int,
-    max_pages: int,
-    sliding_window: Int32[Array, ""] | int | None,
-    causal: bool,
+    sliding_window: Int32[Array, ""] | int | None = None,
+    causal: bool = True,
 ) -> Plan:
     """Cuts a step into tiles and chunks. Lengths are dynamic, the number of tiles is not."""
-    num_rows = seq_lens.shape[0]
+    tables, seq_lens, _, query_lens = rows
+    (num_rows, max_pages), page_size = tables.shape, shapes.page_size
+    num_tokens, max_query_len = shapes.num_tokens, shapes.max_query_len
     # A row's last tile is padded: this length keeps all padding together below the number of tokens.
     tile_len = max(1, min(MAX_TILE_LEN, max_query_len, num_tokens // num_rows))
     chunk_pages = max(1, min(max_pages, CHUNK_TOKENS // page_size))
@@ -89,22 +88,20 @@ def make_plan(
 
 def paged_attention(
     q: Float[Array, "T H D"],
-    k_pages: Float[Array, "L P K S D"] | QuantizedPages,
-    v_pages: Float[Array, "L P K S Dv"] | QuantizedPages | None,
-    block_tables: Int32[Array, "B M"],
-    seq_lens: Int32[Array, "B"],
-    query_starts: Int32[Array, "B"],
-    query_lens: Int32[Array, "B"],
-    layer: Int32[Array, ""],
+    pools: Pools,
+    rows: Rows,
+    scores: Scores,
     *,
-    sm_scale: Any,
-    soft_cap: Any,
-    sliding_window: Any,
-    sinks: Float[Array, "H"] | None,
-    causal: bool,
-    plan: Plan,
+    max_query_len: int,
+    plan: Any = None,
 ) -> tuple[Float[Array, "T H Dv"], Float[Array, "T H"]]:
     """Attention of each row's queries over its own pages, and the log-sum-exp of each query's scores."""
+    k_pages, v_pages, layer = pools
+    block_tables, seq_lens, query_starts, query_lens = rows
+    sm_scale, soft_cap, sliding_window, sinks, causal, _ = scores
+    if not isinstance(plan, Plan):
+        shapes = shapes_of(q, pools, rows, scores, max_query_len)
+        plan = make_plan(rows, shapes, sliding_window=sliding_window, causal=causal)
     f32 = jnp.float32
     T, H, D = q.shape
     _, _, K, S, _ = k_pages.shape
@@ -225,14 +222,13 @@ def paged_attention(
 
 
 def write_pages(
-    k_pages: Float[Array, "L P K S D"] | QuantizedPages,
-    v_pages: Float[Array, "L P K S Dv"] | QuantizedPages | None,
+    pools: Pools,
     k: Float[Array, "T K D"],
     v: Float[Array, "T K Dv"] | None,
     slot_mapping: Int[Array, "T"],
-    layer: Int32[Array, ""],
 ) -> tuple[Array | QuantizedPages, Array | QuantizedPages | None]:
     """Writes each token's key and value to its slot; slots outside the pool are dropped. One scatter a pool."""
+    k_pages, v_pages, layer = pools
     num_pages, page_size = k_pages.shape[1], k_pages.shape[3]
     # A negative index wraps even with mode="drop", so that it is moved past the end first.
     there = (slot_mapping >= 0) & (layer >= 0) & (layer < k_pages.shape[0])
@@ -270,10 +266,10 @@ def _(axis_size, in_batched, x):
 
 
 def copy_pages(
-    pools: PyTree[Shaped[Array, "L P ..."]], src: Int32[Array, "N"], dst: Int32[Array, "N"]
+    pages: PyTree[Shaped[Array, "L P ..."]], src: Int32[Array, "N"], dst: Int32[Array, "N"]
 ) -> PyTree[Shaped[Array, "L P ..."]]:
     """Copies pages in all layers; the loop runs once a real copy, so that a call without any costs nothing."""
-    num_pages = jax.tree.leaves(pools)[0].shape[1]
+    num_pages = jax.tree.leaves(pages)[0].shape[1]
     real = (src >= 0) & (src < num_pages) & (dst >= 0) & (dst < num_pages)
     order = jnp.where(real, running_sum(real) - 1, src.shape[0])
     pairs = jnp.stack([jnp.zeros_like(src), jnp.full_like(dst, -1)])
@@ -290,19 +286,31 @@ def copy_pages(
 
         return jax.tree.map(one, pools)
 
-    return lax.fori_loop(0, _largest(real.sum(dtype=jnp.int32)), copy, pools)
+    return lax.fori_loop(0, _largest(real.sum(dtype=jnp.int32)), copy, pages)
 
 
-def gather_pages(pool: Shaped[Array, "L P ..."], page_ids: Int32[Array, "N"]) -> Shaped[Array, "N L ..."]:
+def gather_pages(
+    pages: PyTree[Shaped[Array, "L P ..."]], page_ids: Int32[Array, "N"]
+) -> PyTree[Shaped[Array, "N L ..."]]:
     """Pages with all their layers, page-major; zeros for ids outside the pool."""
-    num_pages = pool.shape[1]
-    ids = jnp.where((page_ids >= 0) & (page_ids < num_pages), page_ids, num_pages)
-    return jnp.moveaxis(pool.at[:, ids].get(mode="fill", fill_value=0), 1, 0)
+
+    def gather(pool):
+        num_pages = pool.shape[1]
+        ids = jnp.where((page_ids >= 0) & (page_ids < num_pages), page_ids, num_pages)
+        return jnp.moveaxis(pool.at[:, ids].get(mode="fill", fill_value=0), 1, 0)
+
+    return jax.tree.map(gather, pages)
 
 
 def scatter_pages(
-    pool: Shaped[Array, "L P ..."], page_ids: Int32[Array, "N"], blocks: Shaped[Array, "N L ..."]
-) -> Array:
+    pages: PyTree[Shaped[Array, "L P ..."]],
+    page_ids: Int32[Array, "N"],
+    blocks: PyTree[Shaped[Array, "N L ..."]],
+) -> PyTree[Shaped[Array, "L P ..."]]:
     """Puts page-major blocks back; ids outside the pool are dropped."""
-    ids = jnp.where(page_ids >= 0, page_ids, pool.shape[1])
-    return pool.at[:, ids].set(jnp.moveaxis(blocks, 0, 1).astype(pool.dtype), mode="drop")
+
+    def scatter(pool, new):
+        ids = jnp.where(page_ids >= 0, page_ids, pool.shape[1])
+        return pool.at[:, ids].set(jnp.moveaxis(new, 0, 1).astype(pool.dtype), mode="drop")
+
+    return jax.tree.map(scatter, pages, blocks)

@@ -65,7 +65,6 @@ class DeviceLimits:
     num_sms: int = 132
     smem_bytes_per_block: int = 232448
     smem_bytes_per_sm: int = 233472
-    registers_per_sm: int = 65536
     compute_capability: tuple[int, int] = (9, 0)
 
 

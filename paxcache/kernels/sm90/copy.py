@@ -1,7 +1,5 @@
 """Moves whole pages, all layers in one launch: within a pool, out of it, into it. For Hopper GPUs (sm_90a).
 
-Imports `_mosaic` alone.
-
 A page of one layer is contiguous; it is cut into *chunks* that fit shared memory, and a program moves one chunk at a
 time through the copy engine: in by one bulk copy, out by another, no thread touching the data. What keeps the memory
 busy is that a dozen programs share an SM. The list of moves is numbered entry by entry, an entry's layers and chunks
@@ -127,16 +125,15 @@ def _num_programs(leaves: tuple[Leaf, ...], num_entries: int, config: Config, li
     return min(per_sm * limits.num_sms, moves)
 
 
-def _kernel(*refs, mode: Mode, leaves: tuple[Leaf, ...], has_count: bool) -> None:
+def _kernel(*refs, mode: Mode, leaves: tuple[Leaf, ...]) -> None:
     """One program: every num_programs-th move of each leaf.
 
-    References come in the order ids (copy: sources, destinations), count, sources, destinations, buffers, barrier;
+    References come in the order ids (copy: sources, destinations), sources, destinations, buffers, barrier;
     copy_pages has the pools in the destinations' place only.
     """
     refs = list(refs)
     loaded = refs.pop()
     ids_refs = [refs.pop(0) for _ in range(2 if mode == "copy" else 1)]
-    count_ref = refs.pop(0) if has_count else None
     source_refs = refs[: len(leaves)]
     target_refs = source_refs if mode == "copy" else refs[len(leaves) : 2 * len(leaves)]
     buffer_refs = refs[-len(_buffers(leaves)) :]
@@ -197,7 +194,7 @@ def _kernel(*refs, mode: Mode, leaves: tuple[Leaf, ...], has_count: bool) -> Non
         move_entries(jnp.int32(0), jnp.int32(num_entries))
         return
 
-    count = jnp.int32(num_entries) if count_ref is None else jnp.clip(count_ref[0], 0, num_entries)
+    count = jnp.int32(num_entries)
 
     def copy_group(g, _):
         first = g * GROUP
@@ -233,7 +230,6 @@ def copy_pages(
     pages: PyTree[Shaped[Array, "L P ..."]],
     src: Int32[Array, "N"],
     dst: Int32[Array, "N"],
-    count: Int32[Array, ""] | int | None = None,
     *,
     config: Config | None = None,
     interpret: Any = None,
@@ -246,7 +242,6 @@ def copy_pages(
       pages: arrays that lead with [L, P].
       src, dst: i32[N]; entries with either outside [0, P) are skipped. No page may be a destination twice, nor both a
         destination and a source.
-      count: entries from here on are skipped; None: N.
       config: None: `default_config`.
       interpret: see `_mosaic.interpreter`.
 
@@ -256,11 +251,10 @@ def copy_pages(
     Raises:
       NotImplementedError: a dtype or a page size that the copy engine cannot move.
     """
-    counts = () if count is None else (jnp.asarray(count, jnp.int32).reshape(1),)
     arrays, tree = jax.tree.flatten(pages)
     launch = _prepare("copy", arrays, src.shape[0], config)
     if src.shape[0]:
-        arrays = _move((src, dst), counts, (), tuple(arrays), **launch, interpret=interpret)
+        arrays = _move((src, dst), (), tuple(arrays), **launch, interpret=interpret)
     return jax.tree.unflatten(tree, arrays)
 
 
@@ -283,7 +277,7 @@ def gather_pages(
     shapes = [(page_ids.shape[0], x.shape[0], *x.shape[2:]) for x in arrays]
     if not page_ids.shape[0]:
         return jax.tree.unflatten(tree, [jnp.zeros(s, x.dtype) for s, x in zip(shapes, arrays, strict=True)])
-    blocks = _move((page_ids,), (), tuple(arrays), (), **launch, interpret=interpret)
+    blocks = _move((page_ids,), tuple(arrays), (), **launch, interpret=interpret)
     return jax.tree.unflatten(tree, [b.reshape(s) for b, s in zip(blocks, shapes, strict=True)])
 
 
@@ -306,13 +300,13 @@ def scatter_pages(
     launch = _prepare("scatter", arrays, page_ids.shape[0], config)
     if page_ids.shape[0]:
         sources = tuple(b.astype(x.dtype) for b, x in zip(jax.tree.leaves(blocks), arrays, strict=True))
-        arrays = _move((page_ids,), (), sources, tuple(arrays), **launch, interpret=interpret)
+        arrays = _move((page_ids,), sources, tuple(arrays), **launch, interpret=interpret)
     return jax.tree.unflatten(tree, arrays)
 
 
 # Under jit of its own, so that equal calls share one lowered kernel, and one compilation.
 @functools.partial(jax.jit, static_argnames=("mode", "leaves", "num_programs", "interpret"))
-def _move(ids, counts, sources, targets, *, mode, leaves, num_programs, interpret):
+def _move(ids, sources, targets, *, mode, leaves, num_programs, interpret):
     def as_chunks(array, leaf):
         return array.reshape(-1, leaf.num_chunks, leaf.chunk_len)
 
@@ -322,7 +316,7 @@ def _move(ids, counts, sources, targets, *, mode, leaves, num_programs, interpre
         for leaf in leaves
     ]
     launch = plgpu.kernel(
-        functools.partial(_kernel, mode=mode, leaves=leaves, has_count=bool(counts)),
+        functools.partial(_kernel, mode=mode, leaves=leaves),
         out_type=tuple(blocks_shapes) if mode == "gather" else (),
         grid=(num_programs,),
         grid_names=("program",),
@@ -337,5 +331,5 @@ def _move(ids, counts, sources, targets, *, mode, leaves, num_programs, interpre
     if mode == "gather":
         return [varying_like(x, s) for x, s in zip(launch(*ids, *sources), sources, strict=True)]
     views = [as_chunks(x, leaf) for x, leaf in zip(targets, leaves, strict=True)]
-    views = in_place(functools.partial(launch, *ids, *counts, *sources), views)
+    views = in_place(functools.partial(launch, *ids, *sources), views)
     return [view.reshape(x.shape) for view, x in zip(views, targets, strict=True)]

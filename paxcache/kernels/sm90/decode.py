@@ -1,5 +1,4 @@
-"""Paged attention for rows with few query tokens, on Hopper (sm_90a). Imports `_quantize`,
-`_decode_case_sm90`, `_decode_plan_sm90`, `_attention_sm90`, `_inline_sm90` and `_mosaic`; knows arrays.
+"""Paged attention for rows with few query tokens, on Hopper (sm_90a).
 
 Decode reads every visible key and value once and computes little: what counts is that every SM streams pages from
 the first microsecond to the last, whatever the mix of lengths. Four ideas:
@@ -43,6 +42,7 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 
 from paxcache._quantize import QuantizedPages
+from paxcache.kernels._request import Pools, Rows, Scores, shapes_of
 from paxcache.kernels.sm90._mosaic import (
     off_mesh,
     pl,
@@ -57,37 +57,16 @@ from paxcache.kernels.sm90.decode_case import (
     scratch_of,
 )
 from paxcache.kernels.sm90.decode_plan import (
-    BUSY_BLOCKS,
     COUNTER_SETS,
-    FIRST,
-    JOIN,
-    JOIN_PARTS,
-    LEN,
-    LOW,
-    NEXT,
-    NEXT_LEN,
-    NEXT_LOW,
-    NEXT_PARTS,
-    NEXT_QUERIES,
-    NEXT_START,
-    PAGES,
-    PARTS,
-    PIECES,
-    QUERIES,
-    ROW,
-    ROW_LEN,
-    ROW_LOW,
-    ROW_QUERIES,
-    ROW_START,
-    START,
     TILE,
-    TILES,
-    TURN,
     Config,
+    OfRange,
+    OfRow,
     Plan,
     count_joins,
     count_pieces,
     decode_plan,
+    plan_shape,
     tiles_of_piece,
 )
 from paxcache.kernels.sm90.inline.matrices import reduce_columns
@@ -108,7 +87,7 @@ from paxcache.kernels.sm90.operands import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int32
+    from jaxtyping import Array, Float
 
 NEG = -1e30  # where a running maximum starts: finite, so that no difference of two maxima is NaN
 HOLE = 1 << 28  # added to the index of a token in a hole, past any length
@@ -208,14 +187,14 @@ def _zero_unowned(
             lax.fori_loop(0, count * case.head_groups, copy, None)
 
     def end_of(row):
-        return row_line(row, ROW_START) + row_line(row, ROW_QUERIES)
+        return row_line(row, OfRow.START) + row_line(row, OfRow.QUERIES)
 
     def gap(i, _):
         after = program + i * programs  # the row after the gap
         begin = jnp.where(after > 0, end_of(jnp.maximum(after - 1, 0)), 0)
         zero(
             begin,
-            jnp.where(after < num_rows, row_line(jnp.minimum(after, num_rows - 1), ROW_START), num_tokens),
+            jnp.where(after < num_rows, row_line(jnp.minimum(after, num_rows - 1), OfRow.START), num_tokens),
             1,
         )
 
@@ -340,13 +319,13 @@ class _Walk:
     def first_place(self) -> tuple[Any, ...]:
         case = self.case
         return (
-            self.range_line(ROW),
-            self.range_line(TURN),
-            self.range_line(FIRST),
-            self.range_line(LEN),
-            self.range_line(LOW) if case.windowed else 0,
-            self.range_line(QUERIES) if case.max_query_len > 1 else 1,
-            self.range_line(START),
+            self.range_line(OfRange.ROW),
+            self.range_line(OfRange.TURN),
+            self.range_line(OfRange.FIRST),
+            self.range_line(OfRange.LEN),
+            self.range_line(OfRange.LOW) if case.windowed else 0,
+            self.range_line(OfRange.QUERIES) if case.max_query_len > 1 else 1,
+            self.range_line(OfRange.START),
         )
 
     def base_of(self, low: Any) -> Any:
@@ -376,13 +355,13 @@ class _Walk:
         row_done = jnp.logical_and(done, turn == self.case.turns - 1)
         turn = jnp.where(done, jnp.where(row_done, 0, turn + 1), turn)
         tile = jnp.where(done, 0, tile)
-        length = jnp.where(row_done, self.row_line(row, NEXT_LEN), length)
+        length = jnp.where(row_done, self.row_line(row, OfRow.NEXT_LEN), length)
         if self.case.windowed:
-            low = jnp.where(row_done, self.row_line(row, NEXT_LOW), low)
+            low = jnp.where(row_done, self.row_line(row, OfRow.NEXT_LOW), low)
         if self.case.max_query_len > 1:
-            queries = jnp.where(row_done, self.row_line(row, NEXT_QUERIES), queries)
-        start = jnp.where(row_done, self.row_line(row, NEXT_START), start)
-        row = jnp.where(row_done, self.row_line(row, NEXT), row)
+            queries = jnp.where(row_done, self.row_line(row, OfRow.NEXT_QUERIES), queries)
+        start = jnp.where(row_done, self.row_line(row, OfRow.NEXT_START), start)
+        row = jnp.where(row_done, self.row_line(row, OfRow.NEXT), row)
         return row, turn, tile, length, low, queries, start
 
     def pair(self, place: tuple[Any, ...]) -> Any:
@@ -401,7 +380,7 @@ def attend_body(refs: dict[str, Any], case: Case, block: Any, **scratch: Any) ->
     copy_len, stages = case.copy_len, config.num_stages
     thread = lax.axis_index("thread")
     layer = refs["layer"][0]
-    busy_blocks = plan[case.num_ranges, BUSY_BLOCKS] if config.beside_prefill else case.num_blocks
+    busy_blocks = plan[case.num_ranges, OfRow.BUSY_BLOCKS] if config.beside_prefill else case.num_blocks
 
     def walk_of(consumer):
         program = consumer * busy_blocks + block  # neighbours lie in neighbouring blocks
@@ -422,7 +401,7 @@ def attend_body(refs: dict[str, Any], case: Case, block: Any, **scratch: Any) ->
         def stream(consumer, names):
             """Copies a program's keys, its values, or both in turn."""
             walk = walk_of(consumer)
-            num_tiles = walk.count(TILES)
+            num_tiles = walk.count(OfRange.TILES)
             buffers = {"k": (k_s, k_full, k_free), "v": (v_s, v_full, v_free)}
 
             def copy(i, place, pages):
@@ -480,7 +459,9 @@ def attend_body(refs: dict[str, Any], case: Case, block: Any, **scratch: Any) ->
             @pl.when(num_tiles > 0)
             def _():
                 # The first tile's pages stand in the plan: one memory latency less before the stream begins.
-                pages = [walk.range_line(PAGES + j // case.block_len) for j in range(0, TILE, copy_len)]
+                pages = [
+                    walk.range_line(OfRange.PAGES + j // case.block_len) for j in range(0, TILE, copy_len)
+                ]
                 lax.fori_loop(1, num_tiles, step, copy(0, walk.first_place(), pages))
                 for name in names:
                     drain(buffers[name][-1], consumer, num_tiles)
@@ -500,7 +481,7 @@ def attend_body(refs: dict[str, Any], case: Case, block: Any, **scratch: Any) ->
     def _consumer():
         consumer = thread if config.consumers > 1 else 0
         walk = walk_of(consumer)
-        program, lane, num_tiles = walk.program, walk.lane, walk.count(TILES)
+        program, lane, num_tiles = walk.program, walk.lane, walk.count(OfRange.TILES)
         q_raw, q_s, p_s, o_s, maxima, own_notes = (
             scratch[x].at[consumer] for x in ("q_raw", "q_s", "p_s", "o_s", "maxima", "notes")
         )
@@ -619,8 +600,8 @@ def attend_body(refs: dict[str, Any], case: Case, block: Any, **scratch: Any) ->
             low_any = low - base if case.windowed else None
             whole = jnp.logical_and(begin == 0, end == tiles)
             if config.piece_len is None:  # of a cut pair; read here, so that the tiles hide the latency
-                own_join = walk.range_line(JOIN)
-                own_others = walk.range_line(jnp.where(begin == 0, NEXT_PARTS, JOIN_PARTS))
+                own_join = walk.range_line(OfRange.JOIN)
+                own_others = walk.range_line(jnp.where(begin == 0, OfRange.NEXT_PARTS, OfRange.JOIN_PARTS))
 
             plgpu.barrier_wait(q_full.at[consumer])  # this piece's queries are in q_raw
             if case.quantized:
@@ -723,7 +704,7 @@ def attend_body(refs: dict[str, Any], case: Case, block: Any, **scratch: Any) ->
 
             return tiles_done + (end - begin), next_place
 
-        num_pieces, first_place = walk.count(PIECES), walk.first_place()
+        num_pieces, first_place = walk.count(OfRange.PIECES), walk.first_place()
         pl.when(num_pieces > 0)(lambda: fetch_queries(first_place))
         lax.fori_loop(0, num_pieces, piece, (0, first_place))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # shared memory must outlive the last copies
@@ -734,12 +715,13 @@ def _join_body(refs: dict[str, Any], case: Case, o_s: Any) -> None:
     plan, join, o_s = refs["plan"], lax.axis_index("block"), o_s.at[0]
     if case.config.piece_len is None:
         group, lane = lax.div(join, case.config.lanes), lax.rem(join, case.config.lanes)
-        row, turn, queries, start = (plan[group, x] for x in (ROW, TURN, QUERIES, START))
-        pair, others = turn * case.config.lanes + lane, plan[group, PARTS]
+        columns = OfRange.ROW, OfRange.TURN, OfRange.QUERIES, OfRange.START
+        row, turn, queries, start = (plan[group, x] for x in columns)
+        pair, others = turn * case.config.lanes + lane, plan[group, OfRange.PARTS]
     else:
         row, pair = lax.div(join, case.pairs), lax.rem(join, case.pairs)
         length, low, queries, start = (
-            plan[case.num_ranges + row, x] for x in (ROW_LEN, ROW_LOW, ROW_QUERIES, ROW_START)
+            plan[case.num_ranges + row, x] for x in (OfRow.LEN, OfRow.LOW, OfRow.QUERIES, OfRow.START)
         )
         tiles = lax.div(length - (low - lax.rem(low, case.block_len)) + (TILE - 1), TILE)
         others = count_pieces(case.config.piece_len, tiles) - 1
@@ -753,21 +735,11 @@ def _join_body(refs: dict[str, Any], case: Case, o_s: Any) -> None:
 
 def decode(
     q: Float[Array, "T H D"],
-    k_pages: Float[Array, "L P K S D"] | QuantizedPages,
-    v_pages: Float[Array, "L P K S D"] | QuantizedPages,
-    layer: Int32[Array, ""] | int,
-    block_tables: Int32[Array, "B M"],
-    seq_lens: Int32[Array, "B"],
-    query_starts: Int32[Array, "B"],
-    query_lens: Int32[Array, "B"],
+    pools: Pools,
+    rows: Rows,
+    scores: Scores,
     *,
     max_query_len: int = 1,
-    sm_scale: Float[Array, ""] | float,
-    soft_cap: float | None = None,
-    sliding_window: Int32[Array, ""] | int | None = None,
-    sinks: Float[Array, "H"] | None = None,
-    causal: bool = True,
-    return_lse: bool = False,
     plan: Plan | None = None,
     config: Config | None = None,
     interpret: Any = None,
@@ -779,21 +751,11 @@ def decode(
     another kernel to fill.
 
     Args:
-      q: [T, H, D] packed queries.
-      k_pages, v_pages: [L, P, K, S, D] the pools. Queries of fp8 pages count in float16: what is larger saturates.
-      layer: index into L.
-      block_tables: i32[B, M]; a negative entry is a hole.
-      seq_lens: i32[B], with the new tokens.
-      query_starts, query_lens: i32[B] a row's first query token and its number of them.
-      max_query_len: most query tokens of a row that is served.
-      sm_scale: multiplies the scores.
-      soft_cap: bounds the scores.
-      sliding_window: tokens a query sees, itself included.
-      sinks: [H] logits that join each softmax.
-      causal: whether a query does not see later tokens.
-      return_lse: whether to return the log-sum-exp of the scores too.
-      plan: from `decode_plan`, with the same lengths, window and configuration; None makes one.
-      config: the launch configuration; None takes the default one.
+      q: [T, H, D] packed queries. Those of fp8 pages count in float16: what is larger saturates.
+      pools, rows, scores: what is asked for; there are values.
+      max_query_len: most query tokens of a row that is served, where there is no plan.
+      plan: from `decode_plan`, for these rows and this window; None makes one.
+      config: the launch configuration, where there is no plan; None takes the default one.
       interpret: `_mosaic.interpreter()` runs the kernel on the CPU.
 
     Returns:
@@ -802,52 +764,27 @@ def decode(
     Raises:
       NotImplementedError: the case is not supported.
     """
-    inputs, case = prepare(
-        q,
-        k_pages,
-        v_pages,
-        layer,
-        block_tables,
-        seq_lens,
-        query_starts,
-        query_lens,
-        max_query_len=max_query_len,
-        sm_scale=sm_scale,
-        soft_cap=soft_cap,
-        sliding_window=sliding_window,
-        sinks=sinks,
-        causal=causal,
-        return_lse=return_lse,
-        plan=plan,
-        config=config,
-        interpret=interpret,
-    )
+    if plan is None:
+        shapes = shapes_of(q, pools, rows, scores, max_query_len)
+        shape = plan_shape(
+            num_rows=shapes.num_rows,
+            num_kv_heads=shapes.num_kv_heads,
+            page_size=shapes.page_size,
+            max_query_len=max_query_len,
+            windowed=shapes.windowed,
+            config=default_config(shapes) if config is None else config,
+        )
+        plan = decode_plan(rows, shape, sliding_window=scores.sliding_window)
+    inputs, case = prepare(q, pools, rows, scores, plan=plan, interpret=interpret)
     # A batched grid would share the counters of arrivals: under vmap the launches run one after another.
     return off_mesh(sequential_vmap(functools.partial(_launch, case=case, interpret=interpret)), inputs)
 
 
 def prepare(
-    q: Any,
-    k_pages: Any,
-    v_pages: Any,
-    layer: Any,
-    block_tables: Any,
-    seq_lens: Any,
-    query_starts: Any,
-    query_lens: Any,
-    *,
-    max_query_len: int,
-    sm_scale: Any,
-    soft_cap: float | None,
-    sliding_window: Any,
-    sinks: Any,
-    causal: bool,
-    return_lse: bool,
-    plan: Plan | None,
-    config: Config | None,
-    interpret: Any,
+    q: Any, pools: Pools, rows: Rows, scores: Scores, *, plan: Plan, interpret: Any
 ) -> tuple[dict[str, Any], Case]:
     """The kernel's inputs by name, and what is static; the arguments are those of `decode`."""
+    k_pages, v_pages, layer = pools
     (_, H, D), (_, _, K, S, _) = q.shape, k_pages.shape
     check_supported(
         "decode_sm90",
@@ -857,49 +794,33 @@ def prepare(
         q_dtype=q.dtype,
         kv_dtype=k_pages.dtype,
     )
-    shapes: dict[str, Any] = {
-        "num_kv_heads": K,
-        "page_size": S,
-        "max_query_len": max_query_len,
-    }
-    if config is None:
-        config = default_config(**shapes, num_heads=H, head_dim=D, dtype=k_pages.dtype)
+    config = plan.made_for.config
     if interpret is not None:
         config = dataclasses.replace(config, fused_join=False)
-    if plan is None:
-        plan = decode_plan(
-            block_tables,
-            seq_lens,
-            query_starts,
-            query_lens,
-            **shapes,
-            sliding_window=sliding_window,
-            config=config,
-        )
     case = Case(
         head_groups=K * config.group_parts,
         groups_per_kv_head=config.group_parts,
         group=H // K // config.group_parts,
         head_dim=D,
         page_size=S,
-        max_query_len=max_query_len,
-        max_pages=block_tables.shape[1],
+        max_query_len=plan.made_for.max_query_len,
+        max_pages=rows.tables.shape[1],
         dtype=jnp.dtype(k_pages.dtype),
         q_dtype=jnp.dtype(q.dtype),
         token_scales=isinstance(k_pages, QuantizedPages) and k_pages.per_token,
-        causal=causal,
-        windowed=sliding_window is not None,
-        soft_cap=soft_cap,
-        has_sinks=sinks is not None,
-        return_lse=return_lse,
+        causal=scores.causal,
+        windowed=scores.sliding_window is not None,
+        soft_cap=scores.soft_cap,
+        has_sinks=scores.sinks is not None,
+        return_lse=scores.return_lse,
         config=config,
         interpreted=interpret is not None,
     )
     inputs = {
         "layer": jnp.asarray(layer, jnp.int32).reshape(1),
-        "scale": jnp.asarray(sm_scale, jnp.float32).reshape(1),
+        "scale": jnp.asarray(scores.sm_scale, jnp.float32).reshape(1),
         "plan": plan.lines,
-        "tables": block_tables,
+        "tables": rows.tables,
         "q": jnp.pad(q, ((0, 0), (0, 0), (0, case.padded_dim - D))) if case.padded_dim > D else q,
         "k": k_pages,
         "v": v_pages,
@@ -907,10 +828,10 @@ def prepare(
     if isinstance(k_pages, QuantizedPages) and isinstance(v_pages, QuantizedPages):
         inputs |= {"k": k_pages.values, "v": v_pages.values}
         inputs |= {"k_scales": k_pages.scales, "v_scales": v_pages.scales}
-    if sliding_window is not None:
-        inputs["window"] = jnp.asarray(sliding_window, jnp.int32).reshape(1)
-    if sinks is not None:
-        by_head = sinks.astype(jnp.float32).reshape(case.head_groups, case.group)
+    if scores.sliding_window is not None:
+        inputs["window"] = jnp.asarray(scores.sliding_window, jnp.int32).reshape(1)
+    if scores.sinks is not None:
+        by_head = scores.sinks.astype(jnp.float32).reshape(case.head_groups, case.group)
         by_head = jnp.tile(by_head, (1, case.config.block_tokens))
         inputs["sinks"] = jnp.pad(by_head, ((0, 0), (0, case.columns - by_head.shape[1])))
     return inputs, case
@@ -994,7 +915,7 @@ def _packed_lse(lse: Any, inputs: dict[str, Any], case: Case, num_tokens: int) -
     lse = jnp.moveaxis(lse, 1, 2).reshape(B, Q, groups * G)
     query = jnp.arange(Q, dtype=jnp.int32)
     rows = inputs["plan"][case.num_ranges : case.num_ranges + B]
-    token = rows[:, ROW_START, None] + query
-    served = (query < rows[:, ROW_QUERIES, None]) & (rows[:, ROW_LEN, None] > 0)
+    token = rows[:, OfRow.START, None] + query
+    served = (query < rows[:, OfRow.QUERIES, None]) & (rows[:, OfRow.LEN, None] > 0)
     token = jnp.where(served, token, num_tokens)
     return jnp.full((num_tokens, groups * G), -jnp.inf, jnp.float32).at[token].set(lse, mode="drop")

@@ -1,6 +1,4 @@
-"""A launch of decode on Hopper (sm_90a): its shapes, its configuration and its shared memory. Imports `_quantize`,
-`_decode_plan_sm90`, `_attention_sm90` and `_mosaic`; knows sizes, no arrays.
-"""
+"""A launch of decode on Hopper (sm_90a): shapes, shared memory, configuration. Knows sizes, no arrays."""
 
 from __future__ import annotations
 
@@ -11,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from paxcache import _quantize
+from paxcache.kernels._request import Shapes
 from paxcache.kernels.sm90._mosaic import DeviceLimits, device_limits, matrix_tiles, pl, plgpu
 from paxcache.kernels.sm90.decode_plan import MAX_PIECES, TILE, Config
 from paxcache.kernels.sm90.operands import num_parts, operand_dtype, query_dtype
@@ -88,11 +87,6 @@ class Case:
         return _stored_bytes(self.head_dim, self.dtype)
 
     @property
-    def operand(self) -> Any:
-        """What the matrix unit multiplies."""
-        return operand_dtype(self.dtype)
-
-    @property
     def blocks(self) -> int:
         """Passes over a head group's keys: blocks of query tokens."""
         return -(-self.max_query_len // self.config.block_tokens)
@@ -145,19 +139,12 @@ class Case:
 
 
 def default_config(
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    page_size: int,
-    max_query_len: int,
-    dtype: Any,
-    limits: DeviceLimits | None = None,
-    piece_len: int | None = None,
+    shapes: Shapes, *, limits: DeviceLimits | None = None, piece_len: int | None = None
 ) -> Config:
     """Several programs an SM where shared memory and registers allow it, with enough but not too much in flight."""
-    limits, dtype = device_limits() if limits is None else limits, jnp.dtype(dtype)
-    padded_dim, heads = padded_head_dim(head_dim), num_heads // num_kv_heads
+    limits, dtype = device_limits() if limits is None else limits, jnp.dtype(shapes.dtype)
+    head_dim, page_size, max_query_len = shapes.head_dim, shapes.page_size, shapes.max_query_len
+    padded_dim, heads = padded_head_dim(head_dim), shapes.group
     most = MAX_ACCUMULATOR // padded_dim
     if num_parts(dtype) > 1:
         most = MAX_FLOAT_ACCUMULATOR // padded_dim // 8 * 8  # what columns are padded to must fit too
@@ -190,7 +177,7 @@ def default_config(
     programs = sharing * limits.num_sms
     stream_bytes = STREAM_BYTES_SHARED if share and consumers == 1 else STREAM_BYTES_ALONE
     wanted = max(2, round(stream_bytes / sharing / stage))
-    pairs = num_heads // group * -(-max_query_len // block_tokens)
+    pairs = shapes.num_kv_heads * heads // group * -(-max_query_len // block_tokens)
 
     def divides(lanes):
         """No more than one program in 32 is lost to the last group of lanes, and no thread block."""

@@ -1,8 +1,8 @@
-"""How decode's work is cut into equal ranges, once per step and on the device. Imports JAX alone; knows integers.
+"""How decode's work is cut into equal ranges, once per step and on the device. Knows integers only.
 
 A flat list of tiles of 64 tokens, in order of (row, pair, token), is cut into contiguous *ranges* of equal length. A
 pair, a row's KV head with some of its queries, may be cut; what a range does of one pair is a *piece*. The list is a
-*lane's*: neighbouring programs take the same ranges of different pairs. `decode_sm90` says how a plan is used.
+*lane's*: neighbouring programs take the same ranges of different pairs. `decode` says how a plan is used.
 
 Reference: FlashInfer (Ye et al., 2025) for balanced work lists.
 """
@@ -10,6 +10,7 @@ Reference: FlashInfer (Ye et al., 2025) for balanced work lists.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -20,28 +21,77 @@ from jax import lax
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32
 
+    from paxcache.kernels._request import Rows
+
 TILE = 64  # tokens a tile: the rows of one matrix instruction
 COUNTER_SETS = 8  # that layers use in turn
 MAX_PIECES = 32  # of a pair where their length is fixed: longer rows get longer pieces
 MIN_TILES = 6  # shorter ranges pay more for joins than a second program an SM gains
 
-# Columns of Plan.lines for a range: where it begins; its tiles and pieces; how many later ranges continue the pair
-# that it is the first to continue; the first range that continues the pair it begins in, and how many do; how many
-# ranges continue the pair it ends in; of its first row the length, first visible token, number of query tokens and
-# first query token; the pages of its first tile.
-ROW, TURN, FIRST, TILES, PIECES, PARTS, JOIN, JOIN_PARTS, NEXT_PARTS, LEN, LOW, QUERIES, START, PAGES = range(
-    14
-)
-# And for a row: about itself, and about the next row that has work; beside prefill, how many blocks have work.
-ROW_LEN, ROW_LOW, ROW_QUERIES, ROW_START, NEXT, NEXT_LEN, NEXT_LOW, NEXT_QUERIES, NEXT_START, BUSY_BLOCKS = (
-    range(10)
-)
 SECTOR = 8  # int32 in a memory sector, to which lines are padded
+
+
+class OfRange(enum.IntEnum):
+    """Columns of a plan's lines for ranges."""
+
+    ROW = 0
+    """The row that the range begins in."""
+    TURN = 1
+    """Which of the lane's pairs of that row it begins in."""
+    FIRST = 2
+    """The tile of that pair that it begins with."""
+    TILES = 3
+    """Its tiles."""
+    PIECES = 4
+    """Its pieces."""
+    PARTS = 5
+    """How many later ranges continue the pair that this one is the first to continue."""
+    JOIN = 6
+    """The first range that continues the pair that this one begins in."""
+    JOIN_PARTS = 7
+    """How many ranges continue that pair."""
+    NEXT_PARTS = 8
+    """How many ranges continue the pair that this one ends in."""
+    LEN = 9
+    """The length of its first row."""
+    LOW = 10
+    """The first visible token of that row."""
+    QUERIES = 11
+    """The number of query tokens of that row."""
+    START = 12
+    """The first query token of that row."""
+    PAGES = 13
+    """The pages of its first tile: this column and the ones behind it."""
+
+
+class OfRow(enum.IntEnum):
+    """Columns of a plan's lines for rows; the next row is the next one that has work."""
+
+    LEN = 0
+    """The row's length; 0 where it has no work."""
+    LOW = 1
+    """Its first visible token."""
+    QUERIES = 2
+    """Its number of query tokens."""
+    START = 3
+    """Its first query token."""
+    NEXT = 4
+    """The next row."""
+    NEXT_LEN = 5
+    """The next row's length."""
+    NEXT_LOW = 6
+    """The next row's first visible token."""
+    NEXT_QUERIES = 7
+    """The next row's number of query tokens."""
+    NEXT_START = 8
+    """The next row's first query token."""
+    BUSY_BLOCKS = 9
+    """Beside prefill: how many thread blocks decode, the same in every line."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A launch configuration; `decode_sm90.default_config` makes one."""
+    """A launch configuration; `decode.default_config` makes one."""
 
     num_programs: int
     """What the device holds at once, a multiple of `lanes`."""
@@ -96,43 +146,27 @@ class Plan:
 
 
 def decode_plan(
-    block_tables: Int32[Array, "B M"],
-    seq_lens: Int32[Array, "B"],
-    query_starts: Int32[Array, "B"],
-    query_lens: Int32[Array, "B"],
+    rows: Rows,
+    shape: Shape,
     *,
-    num_kv_heads: int,
-    page_size: int,
-    max_query_len: int = 1,
     sliding_window: Int32[Array, ""] | int | None = None,
     num_ranges: Int32[Array, ""] | None = None,
-    config: Config,
 ) -> Plan:
     """Cuts the visible tokens of a step into balanced ranges, on the device; lengths are dynamic, shapes are not.
 
     Args:
-      block_tables: i32[B, M].
-      seq_lens: i32[B], with the new tokens.
-      query_starts, query_lens: i32[B] a row's first query token and its number of them.
-      num_kv_heads, page_size: K, S.
-      max_query_len: most query tokens of a row that is served; rows with more are left alone.
+      rows: the step's. Those with more query tokens than the shape allows are left alone.
+      shape: from `plan_shape`.
       sliding_window: tokens a query sees, itself included; pages left of it are not read.
       num_ranges: ranges that get work, 0 where there is none; None: all, or fewer where there is little.
-      config: the launch configuration.
 
     Returns:
-      The plan, for every layer with these rows, tables, window and KV heads.
+      The plan, for every layer with these rows, window and KV heads.
     """
     i32 = jnp.int32
+    block_tables, seq_lens, query_starts, query_lens = rows
     B, M = block_tables.shape
-    shape = plan_shape(
-        num_rows=B,
-        num_kv_heads=num_kv_heads,
-        page_size=page_size,
-        max_query_len=max_query_len,
-        windowed=sliding_window is not None,
-        config=config,
-    )
+    config, page_size, max_query_len = shape.config, shape.page_size, shape.max_query_len
     turns = shape.pairs // config.lanes
     block_len = math.gcd(page_size, TILE)
     queries = jnp.where((seq_lens > 0) & (query_lens > 0), query_lens, 0).astype(i32)
@@ -204,7 +238,7 @@ def decode_plan(
         width = sum(x.shape[1] for x in columns)
         return jnp.pad(jnp.concatenate(columns, axis=1), ((0, 0), (0, line_len - width)))
 
-    line_len = -(-(PAGES + TILE // block_len) // SECTOR) * SECTOR
+    line_len = -(-(OfRange.PAGES + TILE // block_len) // SECTOR) * SECTOR
     about_rows = lens, low, queries, query_starts.astype(i32)
     by_range = row, turn, tile, num_tiles, num_pieces, parts, join, pair_stop - join, parts[1:]
     by_range = lines(most, *by_range, *(x[row] for x in about_rows), pages)

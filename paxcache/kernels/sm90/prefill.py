@@ -1,5 +1,4 @@
-"""Paged attention for rows with many query tokens, on Hopper (sm_90a). Imports `_quantize`,
-`_prefill_plan_sm90`, `_attention_sm90`, `_inline_sm90` and `_mosaic`; knows arrays.
+"""Paged attention for rows with many query tokens, on Hopper (sm_90a).
 
 Prompts and chunks of prompts, each causal from its row's own offset, in one launch. The matrix unit is the limit:
 
@@ -35,6 +34,7 @@ from jax.custom_batching import sequential_vmap
 
 from paxcache import _quantize
 from paxcache._quantize import QuantizedPages
+from paxcache.kernels._request import Pools, Scores
 from paxcache.kernels.sm90._mosaic import (
     BOX_ALIGNMENT,
     THREADS,
@@ -51,23 +51,13 @@ from paxcache.kernels.sm90.inline.memory import gather, recomputed
 from paxcache.kernels.sm90.inline.tiles import dequantize, store_slices, zero_rows
 from paxcache.kernels.sm90.operands import LOG2E, check_supported, num_parts, soft_cap
 from paxcache.kernels.sm90.prefill_plan import (
-    BLOCKS,
     CONSUMERS,
-    COUNT,
-    FIRST_BLOCK,
-    FULL_BEGIN,
-    FULL_END,
-    HOLES_END,
-    LENGTH,
     MIN_BLOCK,
-    POSITION,
-    PROGRAMS,
-    ROW,
     ROWS,
-    SKIP,
-    TOKEN,
     Config,
+    Head,
     Plan,
+    Tile,
     heads_of_program,
 )
 
@@ -112,7 +102,7 @@ class Case:
     @property
     def heads(self) -> int:
         """Query heads of a program."""
-        return heads_of_program(self.num_heads, self.num_kv_heads)
+        return heads_of_program(self.num_heads // self.num_kv_heads)
 
     @property
     def head_items(self) -> int:
@@ -203,7 +193,7 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
     layer = refs["layer"][0]
 
     def num_programs():
-        return plan[0, PROGRAMS] if config.beside_decode else config.num_programs
+        return plan[0, Head.PROGRAMS] if config.beside_decode else config.num_programs
 
     def place_in_round(round_id):
         """The list of items is dealt back and forth, so that no program gets all the expensive ones of its rounds."""
@@ -211,7 +201,7 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
 
     def count_rounds():
         """Of the program. Each warp counts for itself: a register that holds the number from here on is dear."""
-        num_items = plan[0, 0] * case.head_items
+        num_items = plan[0, Head.TILES] * case.head_items
         whole_rounds = lax.div(num_items, num_programs())
         left = num_items - whole_rounds * num_programs()
         rounds = whole_rounds + (place_in_round(whole_rounds) < left).astype(jnp.int32)
@@ -224,10 +214,10 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
 
     def pages_in_sight(line):
         """The first and the last table entry that a tile's queries see."""
-        last = jnp.minimum(lax.div(plan[line, LENGTH] - 1, S), case.max_pages - 1)
+        last = jnp.minimum(lax.div(plan[line, Tile.LENGTH] - 1, S), case.max_pages - 1)
         if not case.windowed:
             return 0, last
-        low = plan[line, POSITION] + plan[line, SKIP] - refs["window"][0] + 1
+        low = plan[line, Tile.POSITION] + plan[line, Tile.SKIP] - refs["window"][0] + 1
         return lax.div(jnp.maximum(low, 0), S), last
 
     def tokens_and_head(line, head_item, consumer):
@@ -241,7 +231,7 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
             # Consumer x arrives at `q_free` when its last product with its queries is complete.
             pl.when(jnp.logical_not(is_first))(lambda x=x: plgpu.barrier_wait(q_free.at[x]))
             offset, head = tokens_and_head(line, head_item, x)
-            tokens = pl.ds(plan[line, TOKEN] + offset, ROWS)
+            tokens = pl.ds(plan[line, Tile.TOKEN] + offset, ROWS)
             for d in range(chunks):
                 source = refs["q"].at[tokens, head, pl.ds(chunk * d, chunk)]
                 plgpu.copy_gmem_to_smem(source, q_t.at[x, d], q_full.at[x])
@@ -289,8 +279,8 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
 
             def one_item(round_id, base):
                 line, head_item = item(round_id)
-                row, blocks = plan[line, ROW], plan[line, BLOCKS]
-                last_start = (plan[line, FIRST_BLOCK] + blocks - 1) * block
+                row, blocks = plan[line, Tile.ROW], plan[line, Tile.BLOCKS]
+                last_start = (plan[line, Tile.FIRST_BLOCK] + blocks - 1) * block
                 if with_queries:
                     copy_queries(line, head_item, round_id == 0)
                 in_sight, kv_head = pages_in_sight(line), kv_head_of(line, head_item)
@@ -331,7 +321,7 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
         num_rounds = count_rounds()
 
         def block_start(line, t):
-            return (plan[line, FIRST_BLOCK] + plan[line, BLOCKS] - 1 - t) * block
+            return (plan[line, Tile.FIRST_BLOCK] + plan[line, Tile.BLOCKS] - 1 - t) * block
 
         def copy_raw(round_id, t, i):
             """Starts the copies of block t of an item, the program's number i. What the slot held is converted."""
@@ -339,7 +329,7 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
             first, slot = block_start(line, t), lax.rem(i, config.raw_stages)
 
             def copy(name):
-                pages = pages_of(plan[line, ROW], first, pages_in_sight(line), range(copies))
+                pages = pages_of(plan[line, Tile.ROW], first, pages_in_sight(line), range(copies))
                 raw, full = scratch[f"raw_{name}_s"].at[slot], scratch[f"raw_{name}_full"].at[slot]
                 copy_block(name, kv_head_of(line, head_item), first, range(copies), pages, raw, full)
 
@@ -360,7 +350,10 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
             token = jnp.minimum(token, block - 1) + block_start(line, t)
             entry = jnp.clip(lax.div(token, jnp.full_like(token, S)), *pages_in_sight(line))
             page = gather(
-                refs["flat_tables"], entry + plan[line, ROW] * case.max_pages, EACH_THREAD, interpreted=False
+                refs["flat_tables"],
+                entry + plan[line, Tile.ROW] * case.max_pages,
+                EACH_THREAD,
+                interpreted=False,
             )
             index = scale_index(line, head_item, page, token)
             return tuple(gather(refs[name], index, EACH_THREAD, interpreted=False) for name in SCALES)
@@ -373,7 +366,7 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
             else:  # which gathers one by one
                 line, head_item = item(round_id)
                 first, in_sight = block_start(line, t), pages_in_sight(line)
-                for i, page in enumerate(pages_of(plan[line, ROW], first, in_sight, range(copies))):
+                for i, page in enumerate(pages_of(plan[line, Tile.ROW], first, in_sight, range(copies))):
                     begin = scale_index(line, head_item, page, first + i * copy_len)
                     for name in SCALES:
                         scratch[name][pl.ds(i * copy_len, copy_len)] = refs[name][pl.ds(begin, copy_len)]
@@ -393,7 +386,7 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
 
         def one_item(round_id, carry):
             line, head_item = item(round_id)
-            blocks = plan[line, BLOCKS]
+            blocks = plan[line, Tile.BLOCKS]
             # Not sooner: the consumers may still wait for this warpgroup with the item before.
             copy_queries(line, head_item, round_id == 0)
 
@@ -455,10 +448,10 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
         def one_item(round_id, base):
             line, head_item = item(round_id)
             # All at once, so that the memory's latency is paid once.
-            columns = BLOCKS, FIRST_BLOCK, LENGTH, POSITION, HOLES_END, FULL_BEGIN, FULL_END
-            blocks, first_block, length, position, holes_end, full_begin, full_end = (
-                plan[line, x] for x in columns
-            )
+            columns = Tile.BLOCKS, Tile.FIRST_BLOCK, Tile.LENGTH, Tile.POSITION
+            blocks, first_block, length, position = (plan[line, x] for x in columns)
+            columns = Tile.HOLES_END, Tile.FULL_BEGIN, Tile.FULL_END
+            holes_end, full_begin, full_end = (plan[line, x] for x in columns)
             offset, head = tokens_and_head(line, head_item, wg)
             last_start = (first_block + blocks - 1) * block
             ahead = position + offset - last_start  # of the first query, of block 0's first key
@@ -480,7 +473,7 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
             def holes_of(t):
                 """A bit for each copy of a block that would have come from a hole."""
                 line, _ = item(recomputed(round_id, interpreted=not on_gpu))
-                (first, last), row = pages_in_sight(line), plan[line, ROW]
+                (first, last), row = pages_in_sight(line), plan[line, Tile.ROW]
                 holes = jnp.int32(0)
                 for i in range(copies):
                     entry = jnp.clip(lax.div(block_start(t) + i * copy_len, S), first, last)
@@ -626,7 +619,7 @@ def program_body(refs: dict[str, Any], case: Case, program: Any, **scratch: Any)
             line, head_item = item(recomputed(round_id, interpreted=not on_gpu))
             offset, head = tokens_and_head(line, head_item, wg)
             # Read before the last product, which hides their latency.
-            token, skip, count = (plan[line, x] for x in (TOKEN, SKIP, COUNT))
+            token, skip, count = (plan[line, x] for x in (Tile.TOKEN, Tile.SKIP, Tile.COUNT))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # earlier copies have left the output's memory
             slot = value_slot(blocks - 1)
             acc = add_values(acc, p, slot)
@@ -743,18 +736,12 @@ def scratch_of(case: Case) -> dict[str, Any]:
 
 def prefill(
     out: Float[Array, "T H D"],
+    lse: Float[Array, "T H"] | None,
     q: Float[Array, "T H D"],
-    k_pages: Float[Array, "L P K S D"] | QuantizedPages,
-    v_pages: Float[Array, "L P K S D"] | QuantizedPages,
-    layer: Int32[Array, ""] | int,
-    block_tables: Int32[Array, "B M"],
+    pools: Pools,
+    tables: Int32[Array, "B M"],
+    scores: Scores,
     *,
-    sm_scale: Float[Array, ""] | float,
-    soft_cap: float | None = None,
-    sliding_window: Int32[Array, ""] | int | None = None,
-    sinks: Float[Array, "H"] | None = None,
-    causal: bool = True,
-    lse: Float[Array, "T H"] | None = None,
     plan: Plan,
     interpret: Any = None,
 ) -> tuple[Float[Array, "T H D"], Float[Array, "T H"] | None]:
@@ -762,16 +749,10 @@ def prefill(
 
     Args:
       out: [T, H, D]; tokens of rows that are not in the plan keep what they have.
-      q: [T, H, D] packed queries; T is at least `tile_tokens`.
-      k_pages, v_pages: [L, P, K, S, D] the pools.
-      layer: index into L.
-      block_tables: i32[B, M]; a negative entry is a hole.
-      sm_scale: multiplies the scores.
-      soft_cap: bounds the scores.
-      sliding_window: tokens a query sees, itself included.
-      sinks: [H] logits that join each softmax.
-      causal: whether a query does not see later tokens.
       lse: f32[T, H] log-sum-exp of the scores of other rows, to be filled in; None: it is not asked for.
+      q: [T, H, D] packed queries; T is at least `tile_tokens`.
+      pools, scores: what is asked for; there are values.
+      tables: i32[B, M]; a negative entry is a hole.
       plan: from `prefill_plan`, with the same lengths, window and causality.
       interpret: `_mosaic.interpreter()` runs the kernel on the CPU.
 
@@ -781,21 +762,8 @@ def prefill(
     Raises:
       NotImplementedError: the case is not supported.
     """
-    inputs, case = prepare(
-        q,
-        k_pages,
-        v_pages,
-        layer,
-        block_tables,
-        sm_scale=sm_scale,
-        soft_cap=soft_cap,
-        sliding_window=sliding_window,
-        sinks=sinks,
-        causal=causal,
-        return_lse=lse is not None,
-        plan=plan,
-        interpret=interpret,
-    )
+    scores = scores._replace(return_lse=lse is not None)
+    inputs, case = prepare(q, pools, tables, scores, plan=plan, interpret=interpret)
     launch = sequential_vmap(functools.partial(_launch, case=case))
     out, by_tile = off_mesh(lambda args: launch(*args), (out, inputs))
     if lse is not None:
@@ -804,22 +772,11 @@ def prefill(
 
 
 def prepare(
-    q: Any,
-    k_pages: Any,
-    v_pages: Any,
-    layer: Any,
-    block_tables: Any,
-    *,
-    sm_scale: Any,
-    soft_cap: float | None,
-    sliding_window: Any,
-    sinks: Any,
-    causal: bool,
-    return_lse: bool,
-    plan: Plan,
-    interpret: Any,
+    q: Any, pools: Pools, tables: Any, scores: Scores, *, plan: Plan, interpret: Any
 ) -> tuple[dict[str, Any], Case]:
     """The kernel's inputs by name, and what is static; the arguments are those of `prefill`."""
+    k_pages, v_pages, layer = pools
+    sm_scale, soft_cap, sliding_window, sinks, causal, return_lse = scores
     (_, H, D), (_, _, K, S, _) = q.shape, k_pages.shape
     check_supported(
         "prefill_sm90",
@@ -836,7 +793,7 @@ def prepare(
         num_kv_heads=K,
         head_dim=D,
         page_size=S,
-        max_pages=block_tables.shape[1],
+        max_pages=tables.shape[1],
         num_pages=k_pages.shape[1],
         dtype=jnp.dtype(q.dtype),
         kv_dtype=jnp.dtype(k_pages.dtype),
@@ -858,7 +815,7 @@ def prepare(
         "layer": jnp.asarray(layer, jnp.int32).reshape(1),
         "scale": jnp.asarray(sm_scale, jnp.float32).reshape(1),
         "plan": plan.lines,
-        "tables": block_tables,
+        "tables": tables,
         "q": q,
         "k": k_pages,
         "v": v_pages,
@@ -871,7 +828,7 @@ def prepare(
                 raise NotImplementedError(
                     f"prefill_sm90: {scales[0].size} scales: the kernel counts in int32"
                 )
-            inputs["flat_tables"], scales = block_tables.reshape(-1), [x.reshape(-1) for x in scales]
+            inputs["flat_tables"], scales = tables.reshape(-1), [x.reshape(-1) for x in scales]
         inputs |= dict(zip(SCALES, scales, strict=True))
     if sliding_window is not None:
         # Positions are counted from a block's start and may be negative: no difference may pass int32.
@@ -925,7 +882,7 @@ def scatter_lse(lse: Any, by_tile: Any, plan: Plan) -> Any:
     by_token = by_tile.reshape(tiles, num_heads, tile)
     offset = jnp.arange(tile, dtype=jnp.int32)
     lines = plan.lines[1:, :, None]
-    mine = (offset >= lines[:, SKIP]) & (offset < lines[:, SKIP] + lines[:, COUNT])
-    mine &= jnp.arange(tiles)[:, None] < plan.lines[0, 0]
-    token = jnp.where(mine, lines[:, TOKEN] + offset, lse.shape[0])
+    mine = (offset >= lines[:, Tile.SKIP]) & (offset < lines[:, Tile.SKIP] + lines[:, Tile.COUNT])
+    mine &= jnp.arange(tiles)[:, None] < plan.lines[0, Head.TILES]
+    token = jnp.where(mine, lines[:, Tile.TOKEN] + offset, lse.shape[0])
     return lse.at[token].set(jnp.moveaxis(by_token, 1, 2), mode="drop")

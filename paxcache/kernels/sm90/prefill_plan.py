@@ -1,12 +1,13 @@
-"""Which tiles of query tokens a step's prefill has, and what of the keys each sees. Imports JAX alone; knows integers.
+"""Which tiles of query tokens a step's prefill has, and what of the keys each sees. Knows integers only.
 
-`prefill_plan` lists the *tiles* of 64 or 128 tokens once per step, on the device, the most expensive first.
-`prefill_sm90` says how a plan is used.
+`prefill_plan` lists the *tiles* of 64 or 128 tokens once per step, on the device, the most expensive first. `prefill`
+says how a plan is used.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 from typing import TYPE_CHECKING
 
 import jax
@@ -15,23 +16,55 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32
 
+    from paxcache.kernels._request import Rows
+
 ROWS = 64  # query rows of a consumer: the rows of one matrix instruction
 CONSUMERS = 2
 MIN_BLOCK = 64  # keys of a tile's last block that are multiplied where no more are seen
 FEW_BLOCKS = 8  # of a tile, up to which half a block counts in the order
 
-# Line 0 of a plan holds the number of tiles, and of the programs that share them. Columns of a tile: row of the batch;
-# first query token that the program loads, and its position; which of the loaded tokens are the tile's: first and
-# number; the first block of keys; blocks; of these, from the last down, where those that may have holes end (0: there
-# are none), and where those seen in full begin and end; the length of the row.
-ROW, TOKEN, POSITION, SKIP, COUNT, FIRST_BLOCK, BLOCKS, HOLES_END, FULL_BEGIN, FULL_END, LENGTH = range(11)
-PROGRAMS = 1
 SECTOR = 8  # int32 in a memory sector, to which lines are padded
+
+
+class Head(enum.IntEnum):
+    """Columns of a plan's line 0."""
+
+    TILES = 0
+    """The number of tiles."""
+    PROGRAMS = 1
+    """The number of programs that share them."""
+
+
+class Tile(enum.IntEnum):
+    """Columns of a plan's lines for tiles. Blocks are counted from the last one down, as they are walked."""
+
+    ROW = 0
+    """The row of the batch."""
+    TOKEN = 1
+    """The first query token that the program loads."""
+    POSITION = 2
+    """The position of that token in its sequence."""
+    SKIP = 3
+    """Loaded tokens before the tile's first."""
+    COUNT = 4
+    """Tokens of the tile."""
+    FIRST_BLOCK = 5
+    """The leftmost block of keys that the tile sees."""
+    BLOCKS = 6
+    """Blocks of keys that it sees."""
+    HOLES_END = 7
+    """The block after the last that may have holes; 0: there are none."""
+    FULL_BEGIN = 8
+    """The first block that all its queries see in full."""
+    FULL_END = 9
+    """The block after the last that they do."""
+    LENGTH = 10
+    """The length of the row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A launch configuration; `prefill_sm90.default_config` makes one."""
+    """A launch configuration; `prefill.default_config` makes one."""
 
     num_programs: int
     """Programs launched: one an SM."""
@@ -57,6 +90,8 @@ class Shape:
     num_tokens: int
     tile_tokens: int
     num_tiles: int
+    page_size: int
+    min_query_len: int
     config: Config
 
 
@@ -69,24 +104,36 @@ class Plan:
     made_for: Shape = dataclasses.field(metadata={"static": True})
 
 
-def heads_of_program(num_heads: int, num_kv_heads: int) -> int:
-    """Query heads of a program: one for each consumer, or one for both."""
-    return CONSUMERS if num_heads // num_kv_heads % CONSUMERS == 0 else 1
+def heads_of_program(group: int) -> int:
+    """Query heads of a program, of `group` a KV head: one for each consumer, or one for both."""
+    return CONSUMERS if group % CONSUMERS == 0 else 1
 
 
-def tile_tokens(num_heads: int, num_kv_heads: int) -> int:
-    """Tokens of a tile; a call must have as many."""
-    return ROWS * CONSUMERS // heads_of_program(num_heads, num_kv_heads)
+def tile_tokens(group: int) -> int:
+    """Tokens of a tile, with `group` query heads a KV head; a call must have as many."""
+    return ROWS * CONSUMERS // heads_of_program(group)
 
 
 def plan_shape(
-    *, num_rows: int, num_tokens: int, num_heads: int, num_kv_heads: int, min_query_len: int, config: Config
+    *, num_rows: int, num_tokens: int, group: int, page_size: int, min_query_len: int = 1, config: Config
 ) -> Shape:
-    """The form of the plan that `prefill_plan` makes; a plan of another form is of no use to `prefill`."""
-    tile = tile_tokens(num_heads, num_kv_heads)
+    """The form of the plan that `prefill_plan` makes; a plan of another form is of no use to `prefill`.
+
+    Args:
+      num_rows, num_tokens, page_size: B, T, S; T is at least `tile_tokens`.
+      group: query heads of a KV head.
+      min_query_len: rows with fewer query tokens are left alone.
+      config: the launch configuration.
+    """
+    tile = tile_tokens(group)
     most_rows = min(num_rows, num_tokens // max(min_query_len, 1))
     return Shape(
-        num_tokens=num_tokens, tile_tokens=tile, num_tiles=num_tokens // tile + most_rows, config=config
+        num_tokens=num_tokens,
+        tile_tokens=tile,
+        num_tiles=num_tokens // tile + most_rows,
+        page_size=page_size,
+        min_query_len=min_query_len,
+        config=config,
     )
 
 
@@ -106,49 +153,28 @@ def items_of_rows(
 
 
 def prefill_plan(
-    block_tables: Int32[Array, "B M"],
-    seq_lens: Int32[Array, "B"],
-    query_starts: Int32[Array, "B"],
-    query_lens: Int32[Array, "B"],
+    rows: Rows,
+    shape: Shape,
     *,
-    num_tokens: int,
-    num_heads: int,
-    num_kv_heads: int,
-    page_size: int,
-    min_query_len: int = 1,
     sliding_window: Int32[Array, ""] | int | None = None,
     causal: bool = True,
-    config: Config,
 ) -> Plan:
     """Lists the tiles of a step, on the device; lengths are dynamic, shapes are not.
 
     Args:
-      block_tables: i32[B, M]; a negative entry is a hole.
-      seq_lens: i32[B], with the new tokens.
-      query_starts, query_lens: i32[B] a row's first query token and its number of them.
-      num_tokens: query tokens, T; at least `tile_tokens`.
-      num_heads, num_kv_heads, page_size: H, K, S.
-      min_query_len: rows with fewer query tokens are left alone.
+      rows: the step's.
+      shape: from `plan_shape`.
       sliding_window: tokens a query sees, itself included; blocks left of it are not read.
       causal: whether a query does not see later tokens.
-      config: the launch configuration.
 
     Returns:
-      The plan, for every layer with these rows, tables, window and heads.
+      The plan, for every layer with these rows, window and heads.
     """
     i32 = jnp.int32
-    B, M = block_tables.shape
-    block = config.block_kv
-    shape = plan_shape(
-        num_rows=B,
-        num_tokens=num_tokens,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        min_query_len=min_query_len,
-        config=config,
-    )
-    tile = shape.tile_tokens
-    live = (seq_lens > 0) & (query_lens >= min_query_len)
+    block_tables, seq_lens, query_starts, query_lens = rows
+    config, page_size, num_tokens = shape.config, shape.page_size, shape.num_tokens
+    M, block, tile = block_tables.shape[1], config.block_kv, shape.tile_tokens
+    live = (seq_lens > 0) & (query_lens >= shape.min_query_len)
     queries = jnp.where(live, query_lens, 0).astype(i32)
     tiles = (queries + (tile - 1)) // tile
     window = None if sliding_window is None else jnp.asarray(sliding_window, i32)
@@ -208,6 +234,10 @@ def prefill_plan(
     lines = jnp.stack(columns, axis=1)
     lines = jnp.pad(lines, ((0, 0), (0, -lines.shape[1] % SECTOR)))
     header = (
-        jnp.zeros((1, lines.shape[1]), i32).at[0, 0].set(num_used).at[0, PROGRAMS].set(config.num_programs)
+        jnp.zeros((1, lines.shape[1]), i32)
+        .at[0, Head.TILES]
+        .set(num_used)
+        .at[0, Head.PROGRAMS]
+        .set(config.num_programs)
     )
     return Plan(jnp.concatenate([header, jnp.zeros_like(lines).at[rank].set(lines)]), shape)

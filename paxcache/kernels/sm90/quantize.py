@@ -1,7 +1,5 @@
 """Quantises the K and V of new tokens into their pages, in place and in one launch. For Hopper GPUs (sm_90a).
 
-Imports `_quantize`, `_inline_sm90`, `_mosaic` and `_write_sm90`.
-
 A program is one warpgroup that holds a few tokens in registers, 16 bytes of a row in a thread. A row lies on some lanes
 of one warp, which find its largest magnitude in a few exchanges. Bytes and scales leave for the rows that the slots
 name, each thread with its own address. Shared memory, barriers and the copy engine have no part in it: they would
@@ -22,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from paxcache._quantize import Format, QuantizedPages
+from paxcache.kernels._request import Pools
 from paxcache.kernels.sm90._mosaic import (
     THREADS,
     DeviceLimits,
@@ -31,11 +30,10 @@ from paxcache.kernels.sm90._mosaic import (
     plgpu,
     require_hopper,
 )
-from paxcache.kernels.sm90._write_run import pairs, run
 from paxcache.kernels.sm90.inline.memory import gather, issue_loads, row_layout, scatter
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, Int32
+    from jaxtyping import Array, Float, Int
 
 LOAD_BYTES = 16  # of one load of a thread
 MAX_THREAD_ELEMENTS = 128  # in a thread's registers
@@ -63,8 +61,6 @@ class _Rows:
     form: Format
     computed: bool
     """Whether each row gets its own scale, or the one of its page."""
-    first_head: int
-    """Among the tokens' heads."""
     shape: tuple[int, int, int]
     vector_len: int
 
@@ -105,31 +101,26 @@ def _groups(num_heads: int) -> tuple[int, int]:
     return num_heads // group_heads, group_heads
 
 
-def _rows(pages: QuantizedPages, tokens: Any, first_head: int, block_tokens: int) -> _Rows:
+def _rows(pages: QuantizedPages, tokens: Any, block_tokens: int) -> _Rows:
     _, _, K, _, D = pages.shape
     width = D // pages.form.per_element
     vector_len = math.gcd(width, LOAD_BYTES // _read_dtype(tokens).itemsize)
     computed = pages.per_token
-    return _Rows(pages.form, computed, first_head, (block_tokens, _groups(K)[1], width), vector_len)
+    return _Rows(pages.form, computed, (block_tokens, _groups(K)[1], width), vector_len)
 
 
 def check_supported(
-    k_pages: Any,
-    v_pages: Any,
-    k: Any,
-    v: Any,
-    config: Config | None = None,
-    limits: DeviceLimits | None = None,
+    pools: Pools, k: Any, v: Any, config: Config | None = None, limits: DeviceLimits | None = None
 ) -> None:
     """Raises NotImplementedError, with the reason, where `write_pages` cannot do the case."""
     config = config or Config(block_tokens=1)
     limits = limits or device_limits()
     require_hopper(limits)
-    for pages, tokens in pairs(k_pages, v_pages, k, v):
+    for pages, tokens in zip(pools.arrays, (k, v), strict=False):
         num_rows, D = math.prod(pages.shape[1:4]), pages.shape[4]
         if num_rows > np.iinfo(np.int32).max:
             raise NotImplementedError(f"{num_rows} rows a layer: the kernel counts them in int32")
-        held = _rows(pages, tokens, 0, config.block_tokens).thread_elements
+        held = _rows(pages, tokens, config.block_tokens).thread_elements
         if held > MAX_THREAD_ELEMENTS:
             raise NotImplementedError(
                 f"head dim {D}, {config.block_tokens} tokens a program: a thread would hold {held} numbers, more than "
@@ -212,7 +203,7 @@ def _kernel(
 
     def write(r, tokens_ref, given_ref, values_ref, scales_ref):
         width, layout, a_row, a_token = r.shape[2], r.layout, r.layout.reduce(2), r.layout.reduce((1, 2))
-        heads = pl.ds(r.first_head + first_head, group_heads)
+        heads = pl.ds(first_head, group_heads)
         # Of each row the first half and the second, where they share bytes.
         parts = [
             load(tokens_ref.at[pl.ds(start, block_tokens), heads, pl.ds(i * width, width)], layout)
@@ -250,15 +241,11 @@ def _kernel(
 
 
 def write_pages(
-    k_pages: QuantizedPages,
-    v_pages: QuantizedPages | None,
+    pools: Pools,
     k: Float[Array, "T K D"],
     v: Float[Array, "T K Dv"] | None,
     slot_mapping: Int[Array, "T"],
-    layer: Int32[Array, ""] | int,
     *,
-    k_head: int = 0,
-    v_head: int = 0,
     config: Config | None = None,
     interpret: Any = None,
 ) -> tuple[QuantizedPages, QuantizedPages | None]:
@@ -268,12 +255,9 @@ def write_pages(
     quantised with the one of the page that they go to.
 
     Args:
-      k_pages, v_pages: the pools of all layers; v_pages may be None.
-      k, v: new tokens. They may have more heads than the pages: heads ``[k_head, k_head + K)`` and
-        ``[v_head, v_head + K)`` are written, so that a fused projection needs no copy (see `write_sm90.write_pages`).
+      pools: of all layers; nothing is written where the layer is outside [0, L).
+      k, v: new tokens.
       slot_mapping: i32[T] or i64[T]; tokens with a slot outside [0, P * S) are dropped. No slot may stand twice.
-      layer: where to write, also traced; nothing is written outside [0, L).
-      k_head, v_head: the first head to write.
       config: None: `default_config`.
       interpret: see `_mosaic.interpreter`.
 
@@ -283,25 +267,28 @@ def write_pages(
     Raises:
       NotImplementedError: pools too large, or rows that threads cannot share.
     """
-    limits = device_limits()
-    written = pairs(k_pages, v_pages, k, v)
-    num_tokens = k.shape[0]
+    limits, num_tokens = device_limits(), k.shape[0]
     if num_tokens == 0:
-        return k_pages, v_pages
-    check_supported(k_pages, v_pages, k, v, config, limits)
+        return pools.k, pools.v
+    check_supported(pools, k, v, config, limits)
     if config is None:
-        K, width = k_pages.shape[2], max(p.shape[4] for p, _ in written)
-        config = default_config(num_tokens, len(written), K, width, _read_dtype(k), limits)
-    return run(
-        _write, written, slot_mapping, layer, heads=(k_head, v_head), config=config, interpret=interpret
-    )
+        K, width = pools.k.shape[2], max(p.shape[4] for p in pools.arrays)
+        config = default_config(num_tokens, len(pools.arrays), K, width, _read_dtype(k), limits)
+    tokens = [k] if v is None else [k, v]
+    layer = jnp.asarray(pools.layer, jnp.int32)
+    if slot_mapping.dtype not in (jnp.int32, jnp.int64):
+        slot_mapping = slot_mapping.astype(jnp.int32)
+    written = _write(pools.arrays, tokens, slot_mapping, layer, config=config, interpret=interpret)
+    return written[0], written[1] if len(written) > 1 else None
 
 
 # Under jit of its own, so that all layers of a model share one lowered kernel, and one compilation.
-@functools.partial(jax.jit, static_argnames=("heads", "config", "interpret"), inline=False)
-def _write(pools, tokens, slots, layer, *, heads, config, interpret):
+@functools.partial(jax.jit, static_argnames=("config", "interpret"), inline=False)
+def _write(pools, tokens, slots, layer, *, config, interpret):
+    if not 1 <= config.block_tokens <= slots.shape[0]:
+        raise ValueError(f"config: block_tokens must be in [1, {slots.shape[0]}], got {config.block_tokens}")
     tokens = [x.astype(_read_dtype(x)) for x in tokens]
-    rows = tuple(_rows(*case, config.block_tokens) for case in zip(pools, tokens, heads, strict=True))
+    rows = tuple(_rows(*case, config.block_tokens) for case in zip(pools, tokens, strict=True))
     L, P, K, S, _ = pools[0].shape
     launch = plgpu.kernel(
         functools.partial(

@@ -1,7 +1,5 @@
 """Writes the K and V of new tokens into their pages, in place and in one launch. For Hopper GPUs (sm_90a).
 
-Imports `_mosaic` and `_write_sm90`.
-
 A program moves a few consecutive tokens. Their K and V come in as one bulk copy each, while the program reads their
 slots; then each token leaves as one copy of all its heads, a box of K rows that lie a page's ``S × D`` tile apart. No
 thread touches the data. Programs are small and many, so that the hardware overlaps one's loads with another's stores.
@@ -12,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from paxcache.kernels._request import Pools
 from paxcache.kernels.sm90._mosaic import (
     BOX_ALIGNMENT,
     COPY_DTYPES,
@@ -29,10 +29,9 @@ from paxcache.kernels.sm90._mosaic import (
     plgpu,
     require_hopper,
 )
-from paxcache.kernels.sm90._write_run import Pairs, pairs, run
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Int, Int32, Shaped
+    from jaxtyping import Array, Int, Shaped
 
 MAX_BOX = 256  # elements along one axis of a strided copy
 ALIGNMENT = 16  # bytes: addresses and lengths of bulk copies, rows of strided ones
@@ -60,21 +59,13 @@ def default_config(num_tokens: int, token_bytes: int, limits: DeviceLimits) -> C
     return Config(block_tokens=max(1, min(BLOCK_BYTES // token_bytes, MAX_BLOCK_TOKENS, spread)))
 
 
-def check_supported(
-    k_pages: Any,
-    v_pages: Any,
-    k: Any,
-    v: Any,
-    config: Config | None = None,
-    limits: DeviceLimits | None = None,
-) -> None:
+def check_supported(pools: Pools, config: Config | None = None, limits: DeviceLimits | None = None) -> None:
     """Raises NotImplementedError, with the reason, where `write_pages` cannot do the case."""
     config = config or Config(block_tokens=1)
     limits = limits or device_limits()
     require_hopper(limits)
-    _, P, K, S, _ = k_pages.shape
-    written = pairs(k_pages, v_pages, k, v)
-    for pages, _ in written:
+    _, P, K, S, _ = pools.k.shape
+    for pages in pools.arrays:
         D = pages.shape[-1]
         if pages.dtype.name not in COPY_DTYPES:
             raise NotImplementedError(f"pages of {pages.dtype.name}: the kernel writes {sorted(COPY_DTYPES)}")
@@ -87,7 +78,7 @@ def check_supported(
     num_slots = P * S
     if num_slots > np.iinfo(np.int32).max:
         raise NotImplementedError(f"{num_slots} slots: the kernel counts them in int32")
-    smem = _smem_bytes(written, config.block_tokens)
+    smem = _smem_bytes(pools.arrays, config.block_tokens)
     if smem > limits.smem_bytes_per_block:
         raise NotImplementedError(
             f"{smem} bytes of shared memory for {config.block_tokens} tokens: an SM has {limits.smem_bytes_per_block}"
@@ -103,10 +94,10 @@ def _columns(width: int, dtype: Any) -> tuple[int, int]:
     raise NotImplementedError(f"rows of {width} {dtype.name}: no part of them fits a box of the copy engine")
 
 
-def _buffers(written: Pairs, block_tokens: int) -> list[tuple[tuple[int, ...], Any]]:
+def _buffers(pools: Sequence[Any], block_tokens: int) -> list[tuple[tuple[int, ...], Any]]:
     """Shape and dtype of the shared-memory buffer of K and of V: a block's tokens as they lie in global memory."""
     buffers = []
-    for pages, _ in written:
+    for pages in pools:
         K, D = pages.shape[2], pages.shape[4]
         number, length = _columns(D, pages.dtype)
         row = (D,) if number == 1 else (number, length)
@@ -114,18 +105,16 @@ def _buffers(written: Pairs, block_tokens: int) -> list[tuple[tuple[int, ...], A
     return buffers
 
 
-def _smem_bytes(written: Pairs, block_tokens: int) -> int:
-    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in _buffers(written, block_tokens)]
+def _smem_bytes(pools: Sequence[Any], block_tokens: int) -> int:
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in _buffers(pools, block_tokens)]
     return sum(pl.cdiv(size, SMEM_ALIGNMENT) * SMEM_ALIGNMENT for size in [*sizes, 8])
 
 
-def _kernel(
-    slots_ref, layer_ref, *refs, num_layers: int, num_pages: int, page_size: int, heads: tuple[int, ...]
-) -> None:
+def _kernel(slots_ref, layer_ref, *refs, num_layers: int, num_pages: int, page_size: int) -> None:
     """One program: tokens [first, first + block_tokens), the last program's cut at the number of tokens."""
-    num_arrays = len(heads)
+    *refs, loaded = refs
+    num_arrays = len(refs) // 3
     token_refs, page_refs, buffers = (refs[i * num_arrays : (i + 1) * num_arrays] for i in range(3))
-    loaded = refs[-1]
     num_tokens = slots_ref.shape[0]
     block_tokens, K = buffers[0].shape[:2]
     # The last program moves back so that its loads stay in bounds, and leaves out the tokens of the one before.
@@ -133,8 +122,8 @@ def _kernel(
     start = jnp.minimum(first, num_tokens - block_tokens)
 
     def load_tokens():
-        for tokens, buffer, head in zip(token_refs, buffers, heads, strict=True):
-            source = tokens.at[pl.ds(start, block_tokens), pl.ds(head, K)]
+        for tokens, buffer in zip(token_refs, buffers, strict=True):
+            source = tokens.at[pl.ds(start, block_tokens)]
             plgpu.copy_gmem_to_smem(source, buffer, loaded, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
     def store_token(i, slot, layer):
@@ -168,30 +157,20 @@ def _kernel(
 
 
 def write_pages(
-    k_pages: Shaped[Array, "L P K S D"],
-    v_pages: Shaped[Array, "L P K S Dv"] | None,
+    pools: Pools,
     k: Shaped[Array, "T K D"],
     v: Shaped[Array, "T K Dv"] | None,
     slot_mapping: Int[Array, "T"],
-    layer: Int32[Array, ""] | int,
     *,
-    k_head: int = 0,
-    v_head: int = 0,
     config: Config | None = None,
     interpret: Any = None,
 ) -> tuple[Array, Array | None]:
     """Puts each token's K and V into its slot, in place where the pages are donated or carried by a loop.
 
-    ``k`` and ``v`` may have more heads than the pages: heads ``[k_head, k_head + K)`` and ``[v_head, v_head + K)``
-    are written. So a fused projection ``qkv [T, (H + 2K) * D]`` needs no copy: pass ``qkv.reshape(T, H + 2K, D)`` as
-    both, with ``k_head=H, v_head=H + K``. (A slice handed to a kernel is materialised by XLA first.)
-
     Args:
-      k_pages, v_pages: the pools of all layers; v_pages may be None.
+      pools: of all layers; nothing is written where the layer is outside [0, L).
       k, v: new tokens; another dtype is converted first.
       slot_mapping: i32[T] or i64[T]; tokens with a slot outside [0, P * S) are dropped. No slot may stand twice.
-      layer: where to write, also traced; nothing is written outside [0, L).
-      k_head, v_head: the first head to write.
       config: None: `default_config`.
       interpret: see `_mosaic.interpreter`.
 
@@ -201,33 +180,35 @@ def write_pages(
     Raises:
       NotImplementedError: a dtype, head dim or size that the copy engine cannot move.
     """
-    limits = device_limits()
-    written = pairs(k_pages, v_pages, k, v)
-    num_tokens = k.shape[0]
+    limits, num_tokens = device_limits(), k.shape[0]
     if num_tokens == 0:
-        return k_pages, v_pages
-    check_supported(k_pages, v_pages, k, v, config, limits)
+        return pools.k, pools.v
+    check_supported(pools, config, limits)
     if config is None:
-        token_bytes = sum(p.shape[2] * p.shape[4] * p.dtype.itemsize for p, _ in written)
+        token_bytes = sum(p.shape[2] * p.shape[4] * p.dtype.itemsize for p in pools.arrays)
         config = default_config(num_tokens, token_bytes, limits)
-    return run(
-        _write, written, slot_mapping, layer, heads=(k_head, v_head), config=config, interpret=interpret
-    )
+    tokens = [k] if v is None else [k, v]
+    layer = jnp.asarray(pools.layer, jnp.int32)
+    if slot_mapping.dtype not in (jnp.int32, jnp.int64):
+        slot_mapping = slot_mapping.astype(jnp.int32)
+    written = _write(pools.arrays, tokens, slot_mapping, layer, config=config, interpret=interpret)
+    return written[0], written[1] if len(written) > 1 else None
 
 
 # Under jit of its own, so that all layers of a model share one lowered kernel, and one compilation.
-@functools.partial(jax.jit, static_argnames=("heads", "config", "interpret"), inline=False)
-def _write(pools, tokens, slots, layer, *, heads, config, interpret):
-    written = list(zip(pools, tokens, strict=True))
+@functools.partial(jax.jit, static_argnames=("config", "interpret"), inline=False)
+def _write(pools, tokens, slots, layer, *, config, interpret):
     L, P, _, S, _ = pools[0].shape
-    buffers = _buffers(written, config.block_tokens)
+    if not 1 <= config.block_tokens <= slots.shape[0]:
+        raise ValueError(f"config: block_tokens must be in [1, {slots.shape[0]}], got {config.block_tokens}")
+    buffers = _buffers(pools, config.block_tokens)
     rows = [shape[2:] for shape, _ in buffers]
     tokens = [
-        t.astype(p.dtype).reshape(*t.shape[:2], *row) for (p, t), row in zip(written, rows, strict=True)
+        t.astype(p.dtype).reshape(*t.shape[:2], *row) for p, t, row in zip(pools, tokens, rows, strict=True)
     ]
     views = [p.reshape(L * P, *p.shape[2:4], *row) for p, row in zip(pools, rows, strict=True)]
     launch = plgpu.kernel(
-        functools.partial(_kernel, num_layers=L, num_pages=P, page_size=S, heads=heads),
+        functools.partial(_kernel, num_layers=L, num_pages=P, page_size=S),
         out_type=(),
         grid=(pl.cdiv(slots.shape[0], config.block_tokens),),
         grid_names=("block",),

@@ -1,4 +1,4 @@
-"""What the Triton attention kernels share: pages as tiles, stored formats, scores. Imports `_triton` and `_quantize`.
+"""What the Triton attention kernels share: pages as tiles, stored formats, scores.
 
 A kernel multiplies *columns* of queries (some query tokens with the heads that share a KV head) with tiles of keys.
 Widths are padded to powers of two. Quantised values are decoded to the dtype of the products, which is exact, and
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from paxcache._quantize import FORMATS, QuantizedPages
+from paxcache.kernels._request import Pools
 from paxcache.kernels.triton._triton import Limits, as_bytes, constant, jit, next_power_of_2, tl
 
 LOG2E = constant(1.4426950408889634)  # exp(x) is exp2(LOG2E * x), which the hardware has
@@ -89,12 +90,13 @@ class Shape:
         }
 
 
-def shape_of(q: Any, k_pages: Any, v_pages: Any) -> Shape:
+def shape_of(q: Any, pools: Pools) -> Shape:
     """The shape of a call.
 
     Raises:
       NotImplementedError: the kernels do not take such dtypes.
     """
+    k_pages, v_pages, _ = pools
     K, S, D = k_pages.shape[2:]
     form, per_token = "plain", False
     if isinstance(k_pages, QuantizedPages):
@@ -118,8 +120,9 @@ def shape_of(q: Any, k_pages: Any, v_pages: Any) -> Shape:
     )
 
 
-def pool_inputs(k_pages: Any, v_pages: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Keys, values and their scales as a kernel takes them; what there is not is stood in for."""
+def pool_inputs(pools: Pools) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The four operands every kernel takes, keys, values and their scales; a missing one is a dummy never read."""
+    k_pages, v_pages, _ = pools
     values = k_pages if v_pages is None else v_pages
     if not isinstance(k_pages, QuantizedPages):
         return k_pages, values, k_pages, values

@@ -1,4 +1,4 @@
-"""Everything of Triton and jax-triton that the kernels use, in one place. Imports them, JAX and `_checks`.
+"""Everything of Triton and jax-triton that the kernels use, in one place.
 
 Neither needs to be installed: kernels are defined all the same, and `call` or `device_limits` raise
 NotImplementedError with the way to install them.

@@ -1,4 +1,4 @@
-"""Moves whole pages, all layers: within a pool, out of it, into it; in Triton (Ampere and later). Imports `_triton`.
+"""Moves whole pages, all layers: within a pool, out of it, into it; in Triton (Ampere and later).
 
 A page of one layer is contiguous and moves as words, whatever it holds, in *chunks*. Each array of a pool takes a
 launch. The programs that copy within a pool first look at the list of copies, many at a time, because most often it

@@ -1,5 +1,4 @@
-"""Paged attention for rows with few query tokens, in Triton (Ampere and later). Imports `_triton` and
-`_attention_triton`.
+"""Paged attention for rows with few query tokens, in Triton (Ampere and later).
 
 Decode reads every visible key and value once and computes little: what counts is that all SMs read all the time,
 whatever the mix of lengths.
@@ -19,11 +18,12 @@ Reference: flash decoding (Dao et al., 2023) for the split; FlashInfer (Ye et al
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from paxcache.kernels._request import Pools, Rows, Scores
 from paxcache.kernels.triton._tiles import (
     LOG2E,
     Shape,
@@ -207,24 +207,20 @@ def plan_shape(
 
 
 def decode_plan(
-    seq_lens: Int32[Array, "B"],
-    query_lens: Int32[Array, "B"],
-    *,
-    sliding_window: Int32[Array, ""] | int | None,
-    made_for: PlanShape,
+    rows: Rows, made_for: PlanShape, *, sliding_window: Int32[Array, ""] | int | None = None
 ) -> Plan:
     """Cuts the visible tokens of a step into balanced ranges, on the device; lengths are dynamic, shapes are not.
 
     Args:
-      seq_lens: i32[B], with the new tokens.
-      query_lens: i32[B] query tokens of each row; rows with more than the plan is made for are left alone.
-      sliding_window: tokens a query sees, itself included; tokens left of it are not read.
+      rows: the step's. Those with more query tokens than the plan is made for are left alone.
       made_for: from `plan_shape`.
+      sliding_window: tokens a query sees, itself included; tokens left of it are not read.
 
     Returns:
       The plan, for every layer with these rows, window and KV heads.
     """
     i32, tile_len, turns = jnp.int32, made_for.tile, made_for.turns
+    _, seq_lens, _, query_lens = rows
     B = seq_lens.shape[0]
     served = (seq_lens > 0) & (query_lens > 0) & (query_lens <= made_for.max_query_len)
     end = jnp.where(served, seq_lens, 0).astype(i32)
@@ -256,8 +252,8 @@ def decode_plan(
     num_tiles = start[1:] - start[:-1]
     ranges = jnp.stack([row[:-1], turn[:-1], tile[:-1], num_tiles, parts[:-1]], axis=1)
     ranges = jnp.pad(ranges, ((0, 0), (0, int(RANGE_COLUMNS) - ranges.shape[1])))
-    rows = jnp.stack([end, begin, following, jnp.zeros_like(end)], axis=1)
-    return Plan(ranges, rows, made_for)
+    row_lines = jnp.stack([end, begin, following, jnp.zeros_like(end)], axis=1)
+    return Plan(ranges, row_lines, made_for)
 
 
 @jit
@@ -524,20 +520,10 @@ def _join_kernel(
 
 def decode(
     q: Float[Array, "T H D"],
-    k_pages: Any,
-    v_pages: Any,
-    block_tables: Int32[Array, "B M"],
-    seq_lens: Int32[Array, "B"],
-    query_starts: Int32[Array, "B"],
-    query_lens: Int32[Array, "B"],
-    layer: Int32[Array, ""],
+    pools: Pools,
+    rows: Rows,
+    scores: Scores,
     *,
-    sm_scale: Any,
-    soft_cap: Any = None,
-    sliding_window: Any = None,
-    sinks: Float[Array, "H"] | None = None,
-    causal: bool = True,
-    return_lse: bool = False,
     plan: Plan,
     config: Config,
     limits: Limits | None = None,
@@ -548,13 +534,7 @@ def decode(
 
     Args:
       q: [T, H, D].
-      k_pages, v_pages: the pools [L, P, K, S, D], arrays or quantised; v_pages None: keys serve as values.
-      block_tables: i32[B, M]; a negative entry is a hole.
-      seq_lens: i32[B], with the new tokens.
-      query_starts, query_lens: i32[B] a row's first query token and its number of them.
-      layer: index into the leading axis.
-      sm_scale, soft_cap, sliding_window, sinks, causal: see `paxcache.ops.paged_attention`.
-      return_lse: whether to return the log-sum-exp.
+      pools, rows, scores: what is asked for.
       plan: from `decode_plan`, for these rows.
       config: the launch configuration that the plan was made for.
       limits: the device's.
@@ -563,12 +543,15 @@ def decode(
       out [T, H, Dv] and lse f32[T, H] or None.
     """
     limits = device_limits() if limits is None else limits
-    shape, made_for = shape_of(q, k_pages, v_pages), plan.made_for
+    k_pages, _, layer = pools
+    block_tables, seq_lens, query_starts, query_lens = rows
+    sm_scale, soft_cap, sliding_window, sinks, causal, return_lse = scores
+    shape, made_for = shape_of(q, pools), plan.made_for
     (T, H, _), B, P = q.shape, block_tables.shape[0], k_pages.shape[1]
     f32, i32 = jnp.float32, jnp.int32
     programs = config.num_ranges * config.lanes
     parts = 2 * programs * config.columns
-    rows = query_starts.astype(i32), query_lens.astype(i32)
+    queries = query_starts.astype(i32), query_lens.astype(i32)
     sinks_or_not = scalar(0, f32) if sinks is None else sinks.astype(f32)
     common = {
         "KV_HEADS": shape.num_kv_heads,
@@ -590,11 +573,11 @@ def decode(
     out, lse, partials, stats = call(
         _decode_kernel,
         q,
-        *pool_inputs(k_pages, v_pages),
+        *pool_inputs(pools),
         block_tables,
         plan.ranges,
         plan.rows,
-        *rows,
+        *queries,
         scalar(layer, i32),
         scalar(sm_scale, f32),
         scalar(0 if soft_cap is None else soft_cap, f32),
@@ -622,7 +605,7 @@ def decode(
     out, lse = call(
         _join_kernel,
         plan.ranges,
-        *rows,
+        *queries,
         seq_lens.astype(i32),
         sinks_or_not,
         partials,

@@ -1,5 +1,4 @@
-"""Paged attention for rows with many query tokens, in Triton (Ampere and later). Imports `_triton` and
-`_attention_triton`.
+"""Paged attention for rows with many query tokens, in Triton (Ampere and later).
 
 A program takes a *tile*: some consecutive query tokens of a row with the heads that share a KV head, so that a key is
 read once for all of them. It walks the keys in blocks: those that only some queries see, at the window's and the
@@ -13,11 +12,12 @@ Reference: FlashAttention-2 (Dao, 2023) for the loop; Pope et al. (2022) for sha
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from paxcache.kernels._request import Pools, Rows, Scores
 from paxcache.kernels.triton._tiles import (
     LOG2E,
     Shape,
@@ -60,6 +60,7 @@ class PlanShape:
     num_tiles: int
     block_tokens: int
     min_query_len: int
+    page_size: int
 
 
 @jax.tree_util.register_dataclass
@@ -116,33 +117,26 @@ def plan_shape(
         num_tiles=num_tokens // block_tokens + most_rows,
         block_tokens=block_tokens,
         min_query_len=min_query_len,
+        page_size=shape.page_size,
     )
 
 
 def prefill_plan(
-    block_tables: Int32[Array, "B M"],
-    seq_lens: Int32[Array, "B"],
-    query_lens: Int32[Array, "B"],
-    *,
-    page_size: int,
-    sliding_window: Int32[Array, ""] | int | None,
-    made_for: PlanShape,
+    rows: Rows, made_for: PlanShape, *, sliding_window: Int32[Array, ""] | int | None = None
 ) -> Plan:
     """Lists the tiles of a step, on the device; lengths are dynamic, shapes are not.
 
     Args:
-      block_tables: i32[B, M]; a negative entry is a hole.
-      seq_lens: i32[B], with the new tokens.
-      query_lens: i32[B] query tokens of each row; rows with fewer than the plan is made for are left alone.
-      page_size: S.
-      sliding_window: tokens a query sees, itself included.
+      rows: the step's. Those with fewer query tokens than the plan is made for are left alone.
       made_for: from `plan_shape`.
+      sliding_window: tokens a query sees, itself included.
 
     Returns:
       The plan, for every layer with these rows, tables, window and heads.
     """
     i32, tokens = jnp.int32, made_for.block_tokens
-    B, M = block_tables.shape
+    block_tables, seq_lens, _, query_lens = rows
+    (B, M), page_size = block_tables.shape, made_for.page_size
     served = (seq_lens > 0) & (query_lens >= made_for.min_query_len)
     tiles = jnp.where(served, (query_lens + (tokens - 1)) // tokens, 0).astype(i32)
     row_ids = jnp.arange(B, dtype=i32)
@@ -378,21 +372,12 @@ def _prefill_kernel(
 
 def prefill(
     out: Float[Array, "T H Dv"],
-    q: Float[Array, "T H D"],
-    k_pages: Any,
-    v_pages: Any,
-    block_tables: Int32[Array, "B M"],
-    seq_lens: Int32[Array, "B"],
-    query_starts: Int32[Array, "B"],
-    query_lens: Int32[Array, "B"],
-    layer: Int32[Array, ""],
-    *,
     lse: Float[Array, "T H"] | None,
-    sm_scale: Any,
-    soft_cap: Any = None,
-    sliding_window: Any = None,
-    sinks: Float[Array, "H"] | None = None,
-    causal: bool = True,
+    q: Float[Array, "T H D"],
+    pools: Pools,
+    rows: Rows,
+    scores: Scores,
+    *,
     plan: Plan,
     config: Config,
     limits: Limits | None = None,
@@ -401,14 +386,9 @@ def prefill(
 
     Args:
       out: [T, H, Dv].
-      q: [T, H, D].
-      k_pages, v_pages: the pools [L, P, K, S, D], arrays or quantised; v_pages None: keys serve as values.
-      block_tables: i32[B, M]; a negative entry is a hole.
-      seq_lens: i32[B], with the new tokens.
-      query_starts, query_lens: i32[B] a row's first query token and its number of them.
-      layer: index into the leading axis.
       lse: f32[T, H] to be written too, or None.
-      sm_scale, soft_cap, sliding_window, sinks, causal: see `paxcache.ops.paged_attention`.
+      q: [T, H, D].
+      pools, rows, scores: what is asked for.
       plan: from `prefill_plan`, for these rows.
       config: the launch configuration that the plan was made for.
       limits: the device's.
@@ -417,7 +397,10 @@ def prefill(
       out and lse.
     """
     limits = device_limits() if limits is None else limits
-    shape = shape_of(q, k_pages, v_pages)
+    k_pages, _, layer = pools
+    block_tables, seq_lens, query_starts, query_lens = rows
+    sm_scale, soft_cap, sliding_window, sinks, causal, _ = scores
+    shape = shape_of(q, pools)
     f32, i32 = jnp.float32, jnp.int32
     heads, tokens = _blocks_of(shape, config)
     pairs = shape.num_kv_heads * -(-shape.group // heads)
@@ -425,7 +408,7 @@ def prefill(
     results = call(
         _prefill_kernel,
         q,
-        *pool_inputs(k_pages, v_pages),
+        *pool_inputs(pools),
         block_tables,
         plan.tiles,
         seq_lens.astype(i32),

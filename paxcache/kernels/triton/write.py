@@ -1,4 +1,4 @@
-"""Writes the K and V of new tokens into their pages, in place, in Triton (Ampere and later). Imports `_triton`.
+"""Writes the K and V of new tokens into their pages, in place, in Triton (Ampere and later).
 
 A program moves some *rows* of K or of V, each one head of one token: contiguous where they come from and where they go.
 It asks for their numbers before it looks where they go: with few tokens the time is that of one chain of loads.
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paxcache._quantize import QuantizedPages
+from paxcache.kernels._request import Pools
 from paxcache.kernels.triton._triton import (
     Limits,
     as_bytes,
@@ -31,7 +32,7 @@ from paxcache.kernels.triton._triton import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Int, Int32, Shaped
+    from jaxtyping import Array, Int, Shaped
 
 NUM_WARPS = 4
 MIN_NUMBERS = 1024  # of a program: 16 bytes a thread in half precision
@@ -121,8 +122,6 @@ def _write_rows(
     S: tl.constexpr,
     WIDTH: tl.constexpr,
     PAD: tl.constexpr,
-    HEADS: tl.constexpr,
-    FIRST_HEAD: tl.constexpr,
     FORM: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -137,7 +136,7 @@ def _write_rows(
     column = tl.arange(0, PAD)[None, :]
     # Whether a slot is outside is not known yet: numbers must not wait for it.
     inside = (token < num_tokens)[:, None] & (column < STORED)
-    source = tokens + (token.to(tl.int64) * HEADS + (FIRST_HEAD + head))[:, None] * WIDTH + column
+    source = tokens + (token.to(tl.int64) * KV_HEADS + head)[:, None] * WIDTH + column
     x = tl.load(source, mask=inside, other=0.0)
     if FORM == "int4":
         high = tl.load(source + STORED, mask=inside, other=0.0).to(tl.float32)
@@ -192,10 +191,6 @@ def _write_kernel(
     DV: tl.constexpr,
     PAD: tl.constexpr,
     V_PAD: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    V_HEADS: tl.constexpr,
-    K_HEAD: tl.constexpr,
-    V_HEAD: tl.constexpr,
     FORM: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -203,7 +198,7 @@ def _write_kernel(
     ROWS: tl.constexpr,
 ):
     """One program: some heads of some tokens; those of K and of V alternate."""
-    ARRAYS: tl.constexpr = tl.constexpr(2 if V_HEADS > 0 else 1)
+    ARRAYS: tl.constexpr = tl.constexpr(2 if DV > 0 else 1)
     program = tl.program_id(0)
     row = program // ARRAYS * ROWS + tl.arange(0, ROWS)
     token = row // KV_HEADS
@@ -212,36 +207,30 @@ def _write_kernel(
     if program % ARRAYS == 0:
         _write_rows(
             k, row, slot, at, num_tokens, num_layers, num_pages, k_scales_in, k_pages, k_scales, KV_HEADS, S, D, PAD,
-            K_HEADS, K_HEAD, FORM, PER_TOKEN, LARGEST, RECIPROCAL,
+            FORM, PER_TOKEN, LARGEST, RECIPROCAL,
         )  # fmt: skip
-    elif V_HEADS > 0:
+    elif DV > 0:
         _write_rows(
             v, row, slot, at, num_tokens, num_layers, num_pages, v_scales_in, v_pages, v_scales, KV_HEADS, S, DV, V_PAD,
-            V_HEADS, V_HEAD, FORM, PER_TOKEN, LARGEST, RECIPROCAL,
+            FORM, PER_TOKEN, LARGEST, RECIPROCAL,
         )  # fmt: skip
 
 
 def write_pages(
-    k_pages: Shaped[Array, "L P K S D"] | QuantizedPages,
-    v_pages: Shaped[Array, "L P K S Dv"] | QuantizedPages | None,
+    pools: Pools,
     k: Shaped[Array, "T K D"],
     v: Shaped[Array, "T K Dv"] | None,
     slot_mapping: Int[Array, "T"],
-    layer: Int32[Array, ""] | int,
     *,
-    k_head: int = 0,
-    v_head: int = 0,
     config: Config | None = None,
     limits: Limits | None = None,
 ) -> tuple[Any, Any]:
     """Puts each token's K and V into its slot, in place where the pages are donated or carried by a loop.
 
     Args:
-      k_pages, v_pages: the pools of all layers, arrays or quantised; v_pages may be None.
-      k, v: new tokens, of any floating dtype; they may have more heads than the pages.
+      pools: of all layers; nothing is written where the layer is outside [0, L).
+      k, v: new tokens, of any floating dtype.
       slot_mapping: i32[T] or i64[T]; tokens with a slot outside [0, P * S) are dropped. No slot may stand twice.
-      layer: where to write, also traced; nothing is written outside [0, L).
-      k_head, v_head: the first head to write.
       config: None: `default_config`.
       limits: the device's.
 
@@ -252,18 +241,19 @@ def write_pages(
       NotImplementedError: the device is none that the kernel runs on.
     """
     limits = device_limits() if limits is None else limits
+    k_pages, v_pages, layer = pools
     (L, P, K, S, D), T = k_pages.shape, k.shape[0]
     if T == 0:
         return k_pages, v_pages
     DV = 0 if v_pages is None else v_pages.shape[-1]
     nothing = scalar(0, jnp.float32)
-    pools: list[Any] = [k_pages] if v_pages is None else [k_pages, v_pages]
+    stored = pools.arrays
     form, per_element, largest, per_token = "plain", 1, 1.0, False
-    values, scales = pools, [nothing for _ in pools]
+    values, scales = stored, [nothing for _ in stored]
     if isinstance(k_pages, QuantizedPages):
         form, _, largest, per_element = k_pages.form
         per_token = k_pages.per_token
-        values, scales = [as_bytes(p.values) for p in pools], [p.scales for p in pools]
+        values, scales = [as_bytes(p.values) for p in stored], [p.scales for p in stored]
 
     def both(arrays: list[Any]) -> list[Any]:
         return [*arrays, nothing] if v_pages is None else arrays
@@ -271,7 +261,7 @@ def write_pages(
     def pad(width: int) -> int:
         return next_power_of_2(max(1, width // per_element))
 
-    config = default_config(len(pools) * T * K, max(pad(D), pad(DV)), limits) if config is None else config
+    config = default_config(len(stored) * T * K, max(pad(D), pad(DV)), limits) if config is None else config
     given, made = ([nothing, nothing], both(scales)) if per_token else (both(scales), [nothing, nothing])
     written = [*both(values), *made]
     results = call(
@@ -286,7 +276,7 @@ def write_pages(
         L,
         P,
         outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in written],
-        grid=len(pools) * -(-T * K // config.rows),
+        grid=len(stored) * -(-T * K // config.rows),
         limits=limits,
         num_warps=config.num_warps,
         # What stands in for an array that there is not would be copied first.
@@ -297,10 +287,6 @@ def write_pages(
         DV=DV,
         PAD=pad(D),
         V_PAD=pad(DV),
-        K_HEADS=k.shape[1],
-        V_HEADS=0 if v is None else v.shape[1],
-        K_HEAD=k_head,
-        V_HEAD=v_head,
         FORM=form,
         PER_TOKEN=per_token,
         LARGEST=largest,
@@ -308,7 +294,7 @@ def write_pages(
         ROWS=config.rows,
     )
     new: list[Any] = []
-    for pool, x, new_scales in zip(pools, results, results[2:], strict=False):
+    for pool, x, new_scales in zip(stored, results, results[2:], strict=False):
         if isinstance(pool, QuantizedPages):
             kept = new_scales if per_token else pool.scales
             new.append(QuantizedPages(from_bytes(x, pool.dtype), kept))
