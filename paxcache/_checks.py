@@ -51,17 +51,17 @@ def array(name: str, value: Any, dims: str, *, dtype: Any = None, **sizes: int) 
 def integers(name: str, value: Any) -> np.ndarray | jax.Array:
     """int32 values of any shape, on the host where they are known there.
 
-    Known values that int32 does not hold are refused and traced ones stop at its ends: none is ever wrapped.
+    Those on the host that int32 does not hold are refused. Those of wider JAX arrays, whose values may not be known,
+    stop at int32's ends: what was out of every range stays so, while a wrapped one might not.
     """
-    low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+    low, high = -INT32_MAX - 1, INT32_MAX
     if isinstance(value, jax.Array):
         if not jnp.issubdtype(value.dtype, jnp.integer):
             raise TypeError(f"{name}: expected integer values, got {describe(value)}")
         if jnp.iinfo(value.dtype).max <= high:
             return value.astype(jnp.int32)
-        if isinstance(value, Tracer):
-            least = max(low, int(jnp.iinfo(value.dtype).min))
-            return jnp.clip(value, value.dtype.type(least), value.dtype.type(high)).astype(jnp.int32)
+        least = max(low, int(jnp.iinfo(value.dtype).min))
+        return jnp.clip(value, value.dtype.type(least), value.dtype.type(high)).astype(jnp.int32)
     try:
         known = _on_host(name, value)
     except jax.errors.TracerArrayConversionError:  # a list with traced numbers

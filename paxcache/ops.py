@@ -329,7 +329,7 @@ def paged_attention(
         raise ValueError(f"q: query heads must be a multiple of the {K} KV heads, got {_checks.describe(q)}")
     tables = _checks.int_array("block_tables", block_tables, "B M")
     B, M = tables.shape
-    _checks.row_room(M, S)
+    _checks.row_room(M, k_pages.shape[3])
     seq_lens = _checks.int_array("seq_lens", seq_lens, "B", B=B)
     if cu_query_lens is not None:
         if query_starts is not None or query_lens is not None:
