@@ -492,7 +492,7 @@ def model_fn(
     apply = nn.apply(call, model, mutable=["cache"])
 
     def fn(params, tokens, cache, step, logits_at):
-        forward = _forward.counted(cache, step) if is_counted else _forward.Forward(cache, step)
+        forward = _forward.under_way(cache, step, count_calls=is_counted)
         given = {**params, "cache": _linen_state.put(others, path, State(forward, *keep))}
         logits, after = apply(given, tokens, step, logits_at)
         return logits, get_cache(after)
