@@ -286,8 +286,8 @@ def init_cache(
       masks_are_causal: declares that masks which the model passes in decode are causal or padding masks, which paged
         attention applies by itself, so that they may be dropped. Otherwise a mask is an error.
       count_calls: layers are counted as they are called: the n-th call of a pass is layer n of the cache. For layers
-        that share weights (ALBERT). Every pass must make the same calls in the same order. More calls than the cache has layers give NaN. The step does not end by itself, as under a scan: see
-        `replace_cache`.
+        that share weights (ALBERT). Every pass must make the same calls in the same order. More calls than the cache
+        has layers give NaN. The step does not end by itself, as under a scan: see `replace_cache`.
 
     Returns:
       The variables with the cache.
