@@ -56,8 +56,8 @@ class Forward:
     kv: PagedKVCache
     step: Step | None = None
     """None between passes."""
-    served: Served = dataclasses.field(default=Served(), metadata={"static": True})
-    """Layers that took the step. Layers with a traced index are not in it."""
+    served: Served | None = dataclasses.field(default=None, metadata={"static": True})
+    """Layers that took the step; None between passes. Layers with a traced index are not in it."""
     calls: Int32[Array, ""] | None = None
     """Where layers are counted: how many took the step. None where each knows its index."""
 
@@ -66,8 +66,8 @@ class Forward:
         return Forward(kv, calls=None if self.calls is None else jnp.zeros_like(self.calls))
 
 
-def counted(kv: PagedKVCache, step: Step | None = None) -> Forward:
-    """A state that counts the calls, each of which is a layer.
+def counted(kv: PagedKVCache) -> Forward:
+    """A state, between passes, that counts the calls, each of which is a layer.
 
     Raises:
       ValueError: the cache has several layer groups.
@@ -76,7 +76,13 @@ def counted(kv: PagedKVCache, step: Step | None = None) -> Forward:
         raise ValueError(
             f"count_calls: expected a cache with one layer group, whose index can be counted, got {len(kv.groups)}"
         )
-    return Forward(kv, step, calls=jnp.int32(0))
+    return Forward(kv, calls=jnp.int32(0))
+
+
+def under_way(kv: PagedKVCache, step: Step, *, count_calls: bool) -> Forward:
+    """A state at the beginning of a pass."""
+    state = counted(kv) if count_calls else Forward(kv)
+    return dataclasses.replace(state, step=step, served=Served())
 
 
 def num_layers(kv: PagedKVCache) -> int:
@@ -89,7 +95,7 @@ def begin(
 ) -> Forward:
     """`extend` for one forward pass. A step left over from a pass that some layers skipped is replaced."""
     kv, step = _cache.extend(state.kv, query_lens, num_tokens=num_tokens, max_query_len=max_query_len)
-    return dataclasses.replace(state.without_step(kv), step=step)
+    return dataclasses.replace(state.without_step(kv), step=step, served=Served())
 
 
 def attend(
@@ -150,7 +156,7 @@ def step_for(state: Forward, layer: Layer | None) -> Step:
             f"layer {'by count' if layer is None else repr(layer)}: no step is under way. Call extend once before each "
             "forward pass; the step ends when every layer of the cache has taken it"
         )
-    if layer is not None and _cache.locate(state.kv, layer) in state.served:
+    if layer is not None and _cache.locate(state.kv, layer) in (state.served or ()):
         raise ValueError(
             f"layer {layer!r} took this step already. Call extend once before each forward pass. Where a module runs "
             "several times in one pass (shared weights), put the model on pages with count_calls=True"
@@ -163,7 +169,7 @@ def _serve(state: Forward, layer: Layer) -> Forward:
     group, index = _cache.locate(state.kv, layer)
     if not isinstance(index, int):  # one trace stands for all layers of a scan: the structure must not change
         return state
-    served = Served(sorted((*state.served, (group, index))))
+    served = Served(sorted((*(state.served or ()), (group, index))))
     if len(served) == num_layers(state.kv):
         return state.without_step(state.kv)
     return dataclasses.replace(state, served=served)

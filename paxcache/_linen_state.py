@@ -123,8 +123,8 @@ REMEDIES = {
     "rows, [B, Q, features]",
     "scan": 'nn.scan must carry the cache: variable_carry="cache" without "cache" in variable_axes, and init_cache '
     "with scanned_in=path of the scanned module",
-    "while_loop": 'nn.while_loop must carry the cache: carry_variables="cache", the cache in the scope that it is '
-    "called with, and init_cache with count_calls=True",
+    "while_loop": "nn.while_loop loses what a layer of an outer module writes. Call the layer in a Python loop, with "
+    'init_cache(count_calls=True), or under nn.scan with variable_carry="cache", and init_cache with scanned_in',
     "cond": "nn.cond hides the cache, and every pass must run every layer. Call the layer outside of nn.cond",
     "switch": "nn.switch hides the cache, and every pass must run every layer. Call the layer outside of nn.switch",
 }

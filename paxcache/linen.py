@@ -189,8 +189,8 @@ def attend(
         return jnp.zeros((*q.shape[:-1], (k if v is None else v).shape[-1]), q.dtype)
     state: State = found.get_variable("cache", STATE)
     layer = state.layer_at(scope.path)
-    if layer is not None and "while_loop" in (around := _linen_state.transformations()):
-        raise ValueError(f"{_linen_state.name_of(scope.path)}: {_linen_state.REMEDIES[around[0]]}")
+    if "while_loop" in _linen_state.transformations():
+        raise ValueError(f"{_linen_state.name_of(scope.path)}: {_linen_state.REMEDIES['while_loop']}")
     forward, out = _forward.attend(state.forward, layer, q, k, v, **options)
     found.put_variable("cache", STATE, dataclasses.replace(state, forward=forward))
     return out
@@ -286,9 +286,8 @@ def init_cache(
       masks_are_causal: declares that masks which the model passes in decode are causal or padding masks, which paged
         attention applies by itself, so that they may be dropped. Otherwise a mask is an error.
       count_calls: layers are counted as they are called: the n-th call of a pass is layer n of the cache. For layers
-        that share weights (ALBERT) and for a layer inside `nn.while_loop`. Every pass must make the same calls in the
-        same order. More calls than the cache has layers give NaN. The step does not end by itself, as under a scan: see
-        `replace_cache`.
+        that share weights (ALBERT). Every pass must make the same calls in the same order. More calls than the cache
+        has layers give NaN. The step does not end by itself, as under a scan: see `replace_cache`.
 
     Returns:
       The variables with the cache.
@@ -492,7 +491,7 @@ def model_fn(
     apply = nn.apply(call, model, mutable=["cache"])
 
     def fn(params, tokens, cache, step, logits_at):
-        forward = _forward.counted(cache, step) if is_counted else _forward.Forward(cache, step)
+        forward = _forward.under_way(cache, step, count_calls=is_counted)
         given = {**params, "cache": _linen_state.put(others, path, State(forward, *keep))}
         logits, after = apply(given, tokens, step, logits_at)
         return logits, get_cache(after)

@@ -432,7 +432,7 @@ def model_fn(
     place = _with_value(state, None)  # keeps no arrays
 
     def fn(params, tokens, cache, step, logits_at):
-        forward = _forward.counted(cache, step) if is_counted else _forward.Forward(cache, step)
+        forward = _forward.under_way(cache, step, count_calls=is_counted)
         # Variables of their own: NNX's transformations in the model change them, and must find them in this trace.
         merged = nnx.merge(graphdef, _with_value(place, forward), params, copy=True)
         try:
