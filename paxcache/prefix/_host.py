@@ -112,12 +112,6 @@ class Match:
             for page in range(n.start, n.start + count)
         )[: self._full_pages]
 
-    @property
-    def places(self) -> tuple[Place, ...]:
-        """The same page by page."""
-        pairs = zip(self.tiers.tolist(), self.ids.tolist(), strict=True)
-        return tuple(Place(Tier(tier), tuple(ids), False) for tier, ids in pairs)
-
 
 def match(
     index: Index,
