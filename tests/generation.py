@@ -67,7 +67,8 @@ def sum_model(table, tokens, cache, step, logits_at):
     v = jnp.broadcast_to(tokens.astype(jnp.float32)[:, None, None], (*tokens.shape, 1, 8))
     cache = paxcache.append(cache, 0, jnp.zeros_like(v), v, step)
     mean = paxcache.attend(cache, 0, jnp.zeros_like(v), step)[logits_at, 0, 0]
-    sums = jnp.round(mean * (step.positions[logits_at] + 1)).astype(jnp.int32)
+    counts = (step.positions[logits_at] + 1).astype(jnp.float32)
+    sums = jnp.round(mean * counts).astype(jnp.int32)
     return table[(7 * sums + 5 * step.positions[logits_at]) % V], cache
 
 

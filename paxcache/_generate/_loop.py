@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from paxcache import _checks
 from paxcache._allocator import cdiv, idle_rows
@@ -399,7 +400,7 @@ def _called(
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"model_fn: expected (logits, cache), got {_checks.describe(result)}")
     logits, new = result
-    if not isinstance(logits, jax.Array) or not jnp.issubdtype(logits.dtype, jnp.floating):
+    if not isinstance(logits, (jax.Array, np.ndarray)) or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(f"model_fn: expected floating logits [R={R}, V], got {_checks.describe(logits)}")
     if logits.ndim != 2 or logits.shape[0] != R or logits.shape[1] == 0:
         raise ValueError(f"model_fn: expected logits [R={R}, V], got {_checks.describe(logits)}")
@@ -413,7 +414,7 @@ def _called(
                 f"model_fn: expected a cache with the shapes and dtypes of the one that it was given, got "
                 f"{_checks.describe(leaf)} for {_checks.describe(old)}"
             )
-    return logits, new
+    return jnp.asarray(logits), new
 
 
 def _publish(state: State) -> State:

@@ -122,11 +122,10 @@ def read(
         # A wide step must hold one token of every seat, so that no prompt waits for another's decoding.
         chunk_size = _checks.static_int("chunk_size", chunk_size, minimum=num_seats, maximum=INT32_MAX)
     rules = resolve(sampling, N)
-    keys = _read_keys(seeds, key, N)
     request = Request(
         prompt_lens=lens,
         limits=_read_limits(limits, N, max_new_tokens),
-        keys=None if rules.temperature is None else keys,
+        keys=_read_keys(seeds, key, N, drawn=rules.temperature is not None),
         stop_tokens=_read_stop_tokens(stop_tokens, N),
         rules=rules,
         families=None if index is None else _families(tokens, lens, cache.page_size),
@@ -270,11 +269,12 @@ def _read_stop_row(name: str, ids: Any, most_axes: int) -> np.ndarray | jax.Arra
     return ids
 
 
-def _read_keys(seeds: Any, key: Any, num_prompts: int) -> UInt32[Array, "N 2"]:
-    """Each prompt's key: of its seed, or drawn from one key by the prompt's number."""
+def _read_keys(seeds: Any, key: Any, num_prompts: int, *, drawn: bool) -> UInt32[Array, "N 2"] | None:
+    """Each prompt's key: of its seed, or of one key and the prompt's number; None where nothing is drawn."""
     if key is None:
         given = _checks.integers("seeds", np.arange(num_prompts, dtype=np.int32) if seeds is None else seeds)
-        return seed_keys(jnp.asarray(per_prompt("seeds", given, num_prompts)))
+        each = per_prompt("seeds", given, num_prompts)
+        return seed_keys(jnp.asarray(each)) if drawn else None
     if seeds is not None:
         raise TypeError("key and seeds: both say which numbers are drawn; give one of them")
     if isinstance(key, (jax.Array, np.ndarray)):
@@ -286,7 +286,7 @@ def _read_keys(seeds: Any, key: Any, num_prompts: int) -> UInt32[Array, "N 2"]:
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             if key.shape:
                 raise ValueError(f"key: expected one JAX key, got {_checks.describe(key)}")
-            return fold_keys(key, num_prompts)
+            return fold_keys(key, num_prompts) if drawn else None
     raise TypeError(
         f"key: expected a JAX key such as jax.random.key(0), got {_checks.describe(key)}; integers are seeds"
     )
