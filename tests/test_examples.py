@@ -229,7 +229,13 @@ def test_rollouts_learn_what_is_rewarded_over_shared_pages(model, monkeypatch):
     monkeypatch.setattr(rollouts.device, "reset", spy)
     prompts = [list(range(9)), [5, 6, 7]]
     trained, means = rollouts.train(
-        model, prompts, lambda tokens: tokens.count(7) / 8, num_rounds=12, num_samples=8, num_tokens=8
+        model,
+        prompts,
+        lambda tokens: tokens.count(7) / 8,
+        num_rounds=15,
+        num_samples=8,
+        num_tokens=8,
+        learning_rate=2.0,
     )
     assert all(entries > 0 for entries in held), "the first prompt fills a page, which its samples share"
     assert np.mean(means[-3:]) > np.mean(means[:3]) + 0.2
