@@ -57,7 +57,7 @@ def train(model, prompts, reward, *, num_rounds, num_samples=8, num_tokens=16, l
             texts[row, : len(prompt) + len(tokens)] = [*prompt, *tokens]
             written[row, len(prompt) : len(prompt) + len(tokens)] = True
         params = improve(graphdef, params, texts, written, advantages, learning_rate)
-        cache, index = device.reset(out.cache, out.index)  # what older weights computed is of no use
+        cache, index = device.reset(out.cache, out.index or index)  # what older weights computed is of no use
         means.append(float(rewards.mean()))
     return nnx.merge(graphdef, params), means
 
