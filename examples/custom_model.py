@@ -18,8 +18,10 @@ import paxcache.linen
 import paxcache.nnx
 
 V, E, H, D = 50, 32, 4, 8  # vocabulary, features, heads, head dim
-SIZES = {"page_size": 8, "num_pages": 16, "max_seqs": 2, "max_pages_per_seq": 4}
-CONFIG = paxcache.CacheConfig(num_layers=1, num_kv_heads=H, head_dim=D, dtype=jnp.float32, **SIZES)
+CONFIG = paxcache.CacheConfig(
+    num_layers=1, num_kv_heads=H, head_dim=D, dtype=jnp.float32,
+    page_size=8, num_pages=16, max_seqs=2, max_pages_per_seq=4,
+)  # fmt: skip
 
 
 def in_nnx():
@@ -37,11 +39,8 @@ def in_linen(weights):
     model = nn.Sequential([nn.Embed(V, E), attention, nn.Dense(V)])
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.array([[0]]))  # which layers there are
     embed, attend, head = weights
-    params = {
-        "layers_0": {"embedding": embed["embedding"]},
-        "layers_1": {name: attend[name] for name in ("query", "key", "value", "out")},
-        "layers_2": head,
-    }
+    attend = {name: attend[name] for name in ("query", "key", "value", "out")}
+    params = {"layers_0": {"embedding": embed["embedding"]}, "layers_1": attend, "layers_2": head}
     return paxcache.linen.model_fn(model, {**variables, "params": params}, CONFIG)
 
 
@@ -72,7 +71,7 @@ def main(num_tokens: int = 8) -> list[list[list[int]]]:
         cache = paxcache.init(CONFIG)
         out = paxcache.generate(model_fn, params, cache, [[1, 2, 3], [4]], max_new_tokens=num_tokens)
         texts.append(out.to_lists())
-        print(texts[-1])
+    print(*texts, sep="\n")
     return texts
 
 

@@ -1,6 +1,6 @@
 """Generation that outlives its process: saved in the middle, loaded, and gone on with bit for bit.
 
-    python examples/resume.py
+    pip install ".[examples,persist]" && python examples/resume.py
 
 The state is a value, cache and random key included, so a checkpoint of it is all that there is to save.
 """

@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 import checkpoint
@@ -23,23 +22,20 @@ import llama
 import paxcache
 from paxcache.prefix import device
 
-OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
-
 
 @functools.partial(jax.jit, static_argnums=0)
-def improve(graphdef, params, texts, written, advantages):
+def improve(graphdef, params, texts, written, advantages, learning_rate):
     """One step uphill: sampled tokens, bool[N, W] in texts i32[N, W], weighted with advantages f32[N]."""
 
-    def loss(params):
+    def gain(params):
         log_probs = jax.nn.log_softmax(nnx.merge(graphdef, params)(texts[:, :-1]))
         chosen = jnp.take_along_axis(log_probs, texts[:, 1:, None], axis=-1)[..., 0]
-        return -(chosen * written[:, 1:] * advantages[:, None]).sum() / written.sum()
+        return (chosen * written[:, 1:] * advantages[:, None]).sum() / written.sum()
 
-    updates, _ = OPTIMIZER.update(jax.grad(loss)(params), OPTIMIZER.init(params))
-    return optax.apply_updates(params, updates)
+    return jax.tree.map(lambda p, g: p + learning_rate * g, params, jax.grad(gain)(params))
 
 
-def train(model, prompts, reward, *, num_rounds, num_samples=8, num_tokens=16):
+def train(model, prompts, reward, *, num_rounds, num_samples=8, num_tokens=16, learning_rate=0.1):
     """Rounds of samples and steps, with reward(tokens of a sample): the model after them, and each round's rewards."""
     repeated = [list(prompt) for prompt in prompts for _ in range(num_samples)]
     N, W = len(repeated), max(map(len, repeated)) + num_tokens
@@ -54,13 +50,14 @@ def train(model, prompts, reward, *, num_rounds, num_samples=8, num_tokens=16):
         )  # fmt: skip
         rewards = np.array([reward(tokens) for tokens in out.to_lists()], np.float32)
         by_prompt = rewards.reshape(-1, num_samples)
-        advantages = (by_prompt - by_prompt.mean(axis=1, keepdims=True)).reshape(-1)
+        mean, std = (f(by_prompt, axis=1, keepdims=True) for f in (np.mean, np.std))
+        advantages = ((by_prompt - mean) / (std + 1e-6)).reshape(-1)
         texts, written = np.zeros((N, W), np.int32), np.zeros((N, W), bool)
         for row, (prompt, tokens) in enumerate(zip(repeated, out.to_lists(), strict=True)):
             texts[row, : len(prompt) + len(tokens)] = [*prompt, *tokens]
             written[row, len(prompt) : len(prompt) + len(tokens)] = True
-        params = improve(graphdef, params, texts, written, advantages)
-        cache, index = device.reset(out.cache, out.index)  # what older weights computed is of no use
+        params = improve(graphdef, params, texts, written, advantages, learning_rate)
+        cache, index = device.reset(out.cache, out.index or index)  # what older weights computed is of no use
         means.append(float(rewards.mean()))
     return nnx.merge(graphdef, params), means
 

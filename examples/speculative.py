@@ -26,8 +26,9 @@ def look_up(tokens, lens, *, num_drafts):
     starts, after = jnp.arange(tokens.shape[1]), jnp.roll(tokens, -1, axis=1)
     same = (tokens == last[:, :1]) & (after == last[:, 1:]) & (starts < lens[:, None] - 2)
     begin = jnp.max(jnp.where(same, starts + 2, 0), axis=1)
-    drafts = jnp.take_along_axis(tokens, begin[:, None] + jnp.arange(num_drafts), axis=1, mode="clip")
-    return drafts, jnp.where(begin > 0, jnp.minimum(lens - begin, num_drafts), 0)
+    period = (lens - begin)[:, None]  # where it ends it is taken to begin again
+    drafts = jnp.take_along_axis(tokens, begin[:, None] + jnp.arange(num_drafts) % period, axis=1)
+    return drafts, jnp.where(begin > 0, num_drafts, 0)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="num_drafts")
