@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.sharding import NamedSharding, PartitionSpec
 
 from paxcache._allocator import count_at_most, running_sum
 from paxcache._quantize import QuantizedPages, encode, load, scales_of
@@ -91,6 +92,35 @@ def paged_attention(
     q: Float[Array, "T H D"],
     k_pages: Float[Array, "L P K S D"] | QuantizedPages,
     v_pages: Float[Array, "L P K S Dv"] | QuantizedPages | None,
+    *rows: Int32[Array, "..."],
+    **options: Any,
+) -> tuple[Float[Array, "T H Dv"], Float[Array, "T H"]]:
+    """Attention of each row's queries over its own pages, and the log-sum-exp of each query's scores.
+
+    On a mesh with explicit axes the heads of the results lie where those of the pages lie, and their tokens where those
+    of the queries do; between, the compiler places what it computes.
+    """
+
+    def attend(arrays):
+        return _paged_attention(*arrays["args"], **arrays["options"], **static)
+
+    static = {"causal": options.pop("causal"), "soft_cap": options.pop("soft_cap")}
+    sharding = jax.typeof(k_pages.values if isinstance(k_pages, QuantizedPages) else k_pages).sharding
+    own = jax.typeof(q).sharding
+    mesh = sharding.mesh if sharding.mesh.explicit_axes else own.mesh
+    arrays = {"args": (q, k_pages, v_pages, *rows), "options": options}
+    if not mesh.explicit_axes:
+        return attend(arrays)
+    heads = sharding.spec[2] if sharding.mesh.explicit_axes else own.spec[1]
+    tokens = own.spec[0] if own.mesh.explicit_axes and own.spec[0] != heads else None
+    out = NamedSharding(mesh, PartitionSpec(tokens, heads))
+    return jax.sharding.auto_axes(attend, axes=mesh.explicit_axes, out_sharding=(out, out))(arrays)
+
+
+def _paged_attention(
+    q: Float[Array, "T H D"],
+    k_pages: Float[Array, "L P K S D"] | QuantizedPages,
+    v_pages: Float[Array, "L P K S Dv"] | QuantizedPages | None,
     block_tables: Int32[Array, "B M"],
     seq_lens: Int32[Array, "B"],
     query_starts: Int32[Array, "B"],
@@ -104,7 +134,6 @@ def paged_attention(
     causal: bool,
     plan: Plan,
 ) -> tuple[Float[Array, "T H Dv"], Float[Array, "T H"]]:
-    """Attention of each row's queries over its own pages, and the log-sum-exp of each query's scores."""
     f32 = jnp.float32
     T, H, D = q.shape
     _, _, K, S, _ = k_pages.shape
@@ -218,6 +247,7 @@ def paged_attention(
     return out, lse
 
 
+@jax.jit  # eager calls too: on a mesh with explicit axes the tokens go where the pages are
 def write_pages(
     k_pages: Float[Array, "L P K S D"] | QuantizedPages,
     v_pages: Float[Array, "L P K S Dv"] | QuantizedPages | None,
@@ -294,6 +324,7 @@ def gather_pages(pool: Shaped[Array, "L P ..."], page_ids: Int32[Array, "N"]) ->
     return jnp.moveaxis(pool.at[:, ids].get(mode="fill", fill_value=0), 1, 0)
 
 
+@jax.jit  # as above
 def scatter_pages(
     pool: Shaped[Array, "L P ..."], page_ids: Int32[Array, "N"], blocks: Shaped[Array, "N L ..."]
 ) -> Array:
