@@ -2,9 +2,9 @@
 
     from paxcache import checked as paxcache
 
-All names of `paxcache` are here. Functions that take a cache verify, before and after they run, what a compiled program
-cannot: that the cache keeps its invariants and that no reference is lost or made up, that a step belongs to the cache as
-it is now, that tokens go to pages which their row alone maps. Float pages (and scales by token) that nobody references
+All names of `paxcache` are here. Functions that take a cache verify, before and after they run, what a compiled
+program cannot: that the cache keeps its invariants and that no reference is lost or made up, that a step belongs to the
+cache as it is now, that tokens go to pages which their row alone maps. Float pages (and scales by token) that nobody references
 are filled with NaN, so that whatever reads them shows, and `attend` refuses to return NaN for queries without any. Such
 calls read tables and pages on the host: for tests and for debugging, outside jit.
 
@@ -62,6 +62,9 @@ def check_call(function: Callable[..., Any], *, keeps_references: bool = False) 
             raise TypeError(f"checked.{name} reads values on the host; inside jit use paxcache.{name}")
         caches, steps = _of_type((args, options), PagedKVCache), _of_type((args, options), Step)
         held = [_verified(name, "before", cache) for cache in caches]
+        if name == "reorder":  # a JAX array's values too
+            parents = options["parents"] if "parents" in options else args[1]
+            args, options = (caches[0],), {"parents": np.asarray(parents)}
         for step in steps:
             _check_step(name, caches[0], step, writes=name == "append")
         result = function(*args, **options)
@@ -149,8 +152,8 @@ def _check_output(args: tuple[Any, ...], options: dict[str, Any], step: Step, ou
     if bad.any():
         rows = sorted(set(np.asarray(step.rows)[bad].tolist()))
         raise InvariantError(
-            f"attend: NaN in the outputs of rows {rows}: slots were read that nobody wrote (was append skipped for this "
-            "layer?), or NaN was written"
+            f"attend: NaN in the outputs of rows {rows}: slots were read that nobody wrote (was append skipped for "
+            "this layer?), or NaN was written"
         )
 
 

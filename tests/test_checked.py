@@ -103,6 +103,11 @@ def test_reads_of_slots_that_nobody_wrote_show():
     assert np.isnan(pages[:, free]).all() and not np.isnan(pages[:, ~free][..., :3, :]).any()
 
 
+def test_reorder_by_numbers_of_no_row_is_refused():
+    with pytest.raises(ValueError, match=r"parents: expected rows in \[0, 4\) or -1, got -5"):
+        paxcache.reorder(served()[0], jnp.array([1, -5, 0, -1]))
+
+
 def test_scales_of_layers_are_left_alone():
     config = dataclasses.replace(CONFIG, groups=(
         plain.LayerGroup(num_layers=1, num_kv_heads=1, head_dim=4, quantization="int8", scales="per_tensor"),
