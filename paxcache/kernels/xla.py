@@ -144,9 +144,9 @@ def _paged_attention(
     precision = lax.Precision.HIGHEST if products == f32 else None
 
     in_tile = jnp.arange(Q, dtype=jnp.int32)
-    tokens = query_starts[plan.tile_rows][:, None] + plan.tile_offsets[:, None] + in_tile
+    tokens = query_starts[plan.tile_rows][:, None] + plan.tile_offsets[:, None] + in_tile[None]
     q_tiles = q[jnp.minimum(tokens, T - 1)].reshape(num_tiles, Q, K, G, D)
-    positions = (seq_lens - query_lens)[plan.tile_rows][:, None] + plan.tile_offsets[:, None] + in_tile
+    positions = (seq_lens - query_lens)[plan.tile_rows][:, None] + plan.tile_offsets[:, None] + in_tile[None]
 
     def by_key(scales):
         """[N, C, K, S] beside scores [N, K, Q, G, C, S]."""
@@ -156,7 +156,7 @@ def _paged_attention(
         """Softmax of tiles [N] over the pages in table columns [N, C]: unnormalised sum, maximum and denominator."""
         row = plan.tile_rows[tiles]
         pages = block_tables[row[:, None], jnp.minimum(columns, max_pages - 1)]
-        k_pos = columns[:, :, None] * S + jnp.arange(S, dtype=jnp.int32)
+        k_pos = columns[:, :, None] * S + jnp.arange(S, dtype=jnp.int32)[None, None]
         stored = ((pages >= 0) & (columns < max_pages))[:, :, None] & (k_pos < seq_lens[row][:, None, None])
         stored &= (layer >= 0) & (layer < k_pages.shape[0])
         pages = jnp.maximum(pages, 0)
@@ -207,7 +207,9 @@ def _paged_attention(
         tile = count_at_most(plan.item_ends, item)  # num_tiles past the end
         at = jnp.minimum(tile, num_tiles - 1)
         before = jnp.where(at > 0, plan.item_ends[jnp.maximum(at - 1, 0)], 0)
-        columns = ((plan.first_chunks[at] + item - before) * C)[:, None] + jnp.arange(C, dtype=jnp.int32)
+        columns = ((plan.first_chunks[at] + item - before) * C)[:, None] + jnp.arange(C, dtype=jnp.int32)[
+            None
+        ]
         acc_item, m_item, l_item = attend(at, columns)
         # Several items of one tile may meet here: the maximum first, then each item scaled to it. Items that stand
         # for the same tile write the same rescaled sums, so that the set is well defined, and then add to them.
@@ -239,7 +241,7 @@ def _paged_attention(
     lse = jnp.where(l > 0, m + jnp.log(jnp.where(l > 0, l, 1)), -jnp.inf)
 
     # Back to the packed order. Padding writes nothing, so tokens that belong to no row stay zero.
-    to = jnp.where(in_tile < plan.tile_lens[:, None], tokens, T)
+    to = jnp.where(in_tile[None] < plan.tile_lens[:, None], tokens, T)
     out = jnp.moveaxis(out, 1, 2).reshape(num_tiles, Q, H, Dv)
     lse = jnp.moveaxis(lse, 1, 2).reshape(num_tiles, Q, H)
     out = jnp.zeros((T, H, Dv), q.dtype).at[to].set(out.astype(q.dtype), mode="drop")
