@@ -4,9 +4,9 @@
 
 All names of `paxcache` are here. Functions that take a cache verify, before and after they run, what a compiled
 program cannot: that the cache keeps its invariants and that no reference is lost or made up, that a step belongs to the
-cache as it is now, that tokens go to pages which their row alone maps. Float pages (and scales by token) that nobody references
-are filled with NaN, so that whatever reads them shows, and `attend` refuses to return NaN for queries without any. Such
-calls read tables and pages on the host: for tests and for debugging, outside jit.
+cache as it is now, that tokens go to pages which their row alone maps. Float pages (and scales by token) that nobody
+references are filled with NaN, so that whatever reads them shows; `attend` refuses to return NaN for queries without
+any. Such calls read tables and pages on the host: for tests and for debugging, outside jit.
 
 Whoever does not import this module pays nothing for it; there is no switch.
 
