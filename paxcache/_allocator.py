@@ -54,7 +54,8 @@ def running_sum(x: Int32[Array, "... N"]) -> Int32[Array, "... N"]:
     if x.size * size > 1 << 20:
         return jnp.cumsum(x, axis=-1, dtype=jnp.int32)
     index = jnp.arange(size, dtype=jnp.int32)
-    return jnp.sum(jnp.where(index <= index[:, None], x[..., None, :], 0), axis=-1, dtype=jnp.int32)
+    before = (index[None] <= index[:, None]).reshape(*(1,) * (x.ndim - 1), size, size)
+    return jnp.sum(jnp.where(before, x[..., None, :], 0), axis=-1, dtype=jnp.int32)
 
 
 def count_at_most(
@@ -63,7 +64,8 @@ def count_at_most(
     """How many of N ascending values are at most x: one masked reduction where that is little work, else a search."""
     if sorted_values.size * x.size > largest:
         return jnp.searchsorted(sorted_values, x, side="right", method="scan_unrolled").astype(jnp.int32)
-    return jnp.sum(sorted_values <= x[..., None], axis=-1, dtype=jnp.int32)
+    values = sorted_values.reshape(*(1,) * x.ndim, -1)
+    return jnp.sum(values <= x[..., None], axis=-1, dtype=jnp.int32)
 
 
 def add_references(
@@ -147,7 +149,7 @@ def touch(
     """The entries that at most `max_query_len` new tokens a row fall into."""
     max_pages = block_tables.shape[1]
     num_columns = min(max_pages, (max_query_len + page_size - 2) // page_size + 1)
-    columns = (seq_lens // page_size)[:, None] + jnp.arange(num_columns, dtype=jnp.int32)
+    columns = (seq_lens // page_size)[:, None] + jnp.arange(num_columns, dtype=jnp.int32)[None]
     end = cdiv(seq_lens + query_lens, page_size)
     active = (columns < end[:, None]) & (query_lens > 0)[:, None]
     pages = jnp.take_along_axis(block_tables, jnp.minimum(columns, max_pages - 1), axis=1)

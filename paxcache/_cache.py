@@ -537,14 +537,14 @@ def reorder(cache: PagedKVCache, parents: Int32[Array, "B"]) -> PagedKVCache:
 
     Args:
       cache: the cache.
-      parents: i32[B]; -1 empties a row, a row that names itself stays, and so does one that names no row at all
-        (below -1, or B and more).
+      parents: i32[B]; -1 empties a row, and a row that names itself stays. Numbers of no row (below -1, or B and more)
+        are refused where they lie on the host; in a JAX array, whose values may be traced, they leave the row as it is.
 
     Returns:
       The cache; pages of rows that nobody names are freed.
 
     Raises:
-      ValueError, TypeError: an argument's shape or type is wrong.
+      ValueError, TypeError: an argument's shape or type is wrong, or parents on the host name no row.
 
     Example:
       >>> import jax.numpy as jnp, paxcache
@@ -557,7 +557,12 @@ def reorder(cache: PagedKVCache, parents: Int32[Array, "B"]) -> PagedKVCache:
     Reference: beam search of PagedAttention (Kwon et al., 2023).
     """
     _checks.instance("cache", cache, PagedKVCache)
-    return _integers_only(_reorder, cache, _checks.int_array("parents", parents, "B", B=cache.max_seqs))
+    checked = _checks.int_array("parents", parents, "B", B=cache.max_seqs)
+    if not isinstance(parents, jax.Array):
+        wrong = [p for p in np.asarray(parents).tolist() if not -1 <= p < cache.max_seqs]
+        if wrong:
+            raise ValueError(f"parents: expected rows in [0, {cache.max_seqs}) or -1, got {wrong[0]}")
+    return _integers_only(_reorder, cache, checked)
 
 
 @jax.jit

@@ -57,7 +57,7 @@ def _gather_dense(cache, group, index, max_len):
     num_columns = min(M, -(-max_len // S))
     tables = state.block_tables[:, :num_columns]
     positions = jnp.arange(num_columns * S, dtype=jnp.int32).reshape(num_columns, S)
-    stored = (tables >= 0)[:, :, None] & (positions < cache.seq_lens[:, None, None])
+    stored = (tables >= 0)[:, :, None] & (positions[None] < cache.seq_lens[:, None, None])
 
     def dense(pool):
         if pool is None:
@@ -136,7 +136,7 @@ def stats(cache: PagedKVCache) -> Stats:
 def _stats(cache):
     S = cache.page_size
     starts = jnp.arange(cache.max_pages_per_seq, dtype=jnp.int32) * S
-    held = jnp.clip(cache.seq_lens[:, None] - starts, 0, S)  # tokens in each entry
+    held = jnp.clip(cache.seq_lens[:, None] - starts[None], 0, S)  # tokens in each entry
     used, shared, free, mapped_slots, empty_slots = [], 0, 0, 0, 0
     for group in cache.groups:
         P = group.ref_counts.shape[0]

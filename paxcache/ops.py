@@ -692,7 +692,7 @@ def merge_attention(
     lses, outs = jnp.where(no_key, -jnp.inf, lses), jnp.where(no_key[..., None], 0, outs)
     m = lses.max(axis=0)
     m = jnp.where(jnp.isneginf(m), 0, m)
-    weights = jnp.exp(lses - m)
+    weights = jnp.exp(lses - m[None])
     total = weights.sum(axis=0)
     some = jnp.where(total > 0, total, 1)
     out = jnp.sum(outs.astype(jnp.float32) * weights[..., None], axis=0) / some[..., None]

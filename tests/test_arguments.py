@@ -138,6 +138,16 @@ def test_wide_integers_on_the_device_stay_out_of_range():
     assert kept.seq_lens.tolist() == [5, 1, 0, 0]  # what was within int32 cuts
 
 
+@pytest.mark.parametrize("wrong", [-2, 4, 2**31 - 1])
+def test_reorder_by_numbers_of_no_row_is_refused_on_the_host(wrong):
+    cache, _ = _state()
+    for parents in ([1, wrong, 0, -1], np.array([1, wrong, 0, -1])):
+        with pytest.raises(ValueError, match=rf"parents: expected rows in \[0, 4\) or -1, got {wrong}$"):
+            paxcache.reorder(cache, parents)  # pyright: ignore[reportArgumentType]
+    traced = paxcache.reorder(cache, jnp.array([1, wrong, 0, -1]))
+    assert traced.seq_lens.tolist() == [1, 1, 5, 0]  # row 1 stays
+
+
 # Steps of other caches.
 
 OTHER_SHAPES: dict[str, dict[str, Any]] = {

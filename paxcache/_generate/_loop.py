@@ -421,7 +421,9 @@ def _publish(state: State) -> State:
     """Offers what seats have computed to later prompts."""
     if state.index is None:
         return state
-    sound = (state.seat_prompts < state.tokens.shape[0]) & (state.reasons[state.prompts] != StopReason.BAD_LOGITS)
+    sound = (state.seat_prompts < state.tokens.shape[0]) & (
+        state.reasons[state.prompts] != StopReason.BAD_LOGITS
+    )
     rows, tokens = jnp.where(sound, state.seat_rows, -1), state.tokens[state.prompts]
     cache, index, _ = device.publish(state.cache, state.index, rows, tokens, state.cached)
     return dataclasses.replace(state, cache=cache, index=index)
