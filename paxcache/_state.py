@@ -22,7 +22,7 @@ def state[T](cls: type[T]) -> type[T]:
     if the state is to be exported.
     """
     if "__repr__" not in vars(cls):
-        cls.__repr__ = brief
+        setattr(cls, "__repr__", brief)  # noqa: B010 (pyright takes it for a method of another signature)
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     jax.tree_util.register_dataclass(cls)
     module = cls.__module__.rpartition(".")[2].lstrip("_")
@@ -37,7 +37,7 @@ def state[T](cls: type[T]) -> type[T]:
 
 def brief(value: Any) -> str:
     """The repr of a value in which arrays stand as ``int32[4]``."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
         shown = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr)
         return f"{type(value).__name__}({', '.join(f'{name}={brief(x)}' for name, x in shown)})"
     if isinstance(value, tuple):
