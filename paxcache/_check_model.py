@@ -187,7 +187,7 @@ class _Check:
                 f"model_fn: expected logits [R={R}, V] of the tokens that logits_at names, got "
                 f"{_checks.describe(logits)} for tokens [T={T}]"
             )
-        if jax.tree.map(_shape_of, after) != jax.tree.map(_shape_of, given):
+        if _shapes(after) != _shapes(given):
             raise ValueError(
                 "model_fn: the cache that it returned has another structure or other shapes than the given"
             )
@@ -365,8 +365,10 @@ class _Check:
         return f"by up to {np.abs(found - wanted).max():.3g} of {np.abs(wanted).max():.3g}"
 
 
-def _shape_of(x: Any) -> tuple[Any, ...]:
-    return x.shape, x.dtype
+def _shapes(tree: Any) -> tuple[Any, ...]:
+    """What must agree: the structure, and each leaf's shape and dtype."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -376,7 +376,7 @@ def test_rows_as_long_as_can_be_get_their_slots():
 def test_tables_with_room_past_int32_are_refused():
     tables, lens = jnp.zeros((1, 2**15), jnp.int32), jnp.zeros(1, jnp.int32)
     with pytest.raises(ValueError, match=r"block_tables.*M=32768 pages of 65536"):
-        paxcache.ops.plan(tables, lens, num_kv_heads=1, page_size=2**16)
+        paxcache.ops.plan(tables, lens, num_kv_heads=1, head_dim=8, page_size=2**16, dtype=jnp.float32)
 
 
 def test_stats_count_more_tokens_than_int32_holds():

@@ -17,7 +17,6 @@ import paxcache
 from driver import config_of
 from layouts import LAYOUTS, assert_same, bits, group, ids, with_random_bits
 from paxcache import offload, prefix
-from paxcache.prefix import Place, Tier
 
 S, M, B = 4, 4, 4
 GROUPS = (group(num_layers=2), group(num_layers=1, v_head_dim=0, dtype=jnp.bfloat16, sliding_window=9))
@@ -184,33 +183,6 @@ def test_pages_of_no_row_are_kept_until_they_have_landed():
     for a, b in zip(jax.tree.leaves(after.groups), jax.tree.leaves(grown.groups), strict=True):
         if a.ndim > 3:
             np.testing.assert_array_equal(bits(a)[:, 14:], bits(b)[:, 14:])
-
-
-def test_a_page_in_flight_is_not_handed_out_in_part():
-    """Noted as in flight, pages are found by `admit` once they have landed: a row goes on inside one."""
-    config = config_of(group(num_layers=3), num_pages=14)
-    tokens = list(range(8))
-    cache, index = with_random_bits(paxcache.init(config)), prefix.init(config)
-    cache, _ = paxcache.extend(cache, jnp.array([8, 0, 0, 0]), max_query_len=8)
-    cache, index = prefix.publish(cache, index, 0, tokens)
-    wanted = cache
-    extent = offload.swap_out(cache, ids(0, 1), by_layer=True)
-    cache = paxcache.release(cache, jnp.array([True, False, False, False]))
-    places = [Place(Tier.HOST, (n,), False) for n in range(2)]
-    cache, index = prefix.move(cache, index, tokens, 0, places)
-    cache = noisy(cache)
-    cache, arrival, (found,), ok = offload.begin_swap_in(cache, extent)
-    assert ok
-    for in_flight, reused in ((True, 0), (False, 6)):
-        places = [Place(Tier.DEVICE, (int(page),), in_flight) for page in found]
-        cache, index = prefix.move(cache, index, tokens, 0, places)
-        after, _, n = prefix.admit(cache, index, 1, [*range(6), 50, 51, 52])
-        assert n == reused
-        if in_flight:
-            cache, _ = land_all(cache, arrival)
-    after, _ = paxcache.extend(after, jnp.array([0, 3, 0, 0]), max_query_len=3)
-    for x, y in zip(dense(after), dense(wanted), strict=True):
-        np.testing.assert_array_equal(x[1, :6], y[0, :6])
 
 
 class Flight:

@@ -354,7 +354,8 @@ STEPS = {
     "extend, packed": lambda c, n, T, Q: paxcache.extend(c, n, num_tokens=T),
     "extend, row-aligned": lambda c, n, T, Q: paxcache.extend(c, n, max_query_len=Q),
     "plan": lambda c, n, T, Q: (c, ops.plan(
-        c.groups[0].block_tables, c.seq_lens, num_kv_heads=K, page_size=S, query_lens=n, num_tokens=T, max_query_len=Q
+        c.groups[0].block_tables, c.seq_lens, num_kv_heads=K, head_dim=D, page_size=S, dtype=jnp.float32, query_lens=n,
+        num_tokens=T, max_query_len=Q
     )),
     "fork": lambda c, n, T, Q: paxcache.fork(c, n, n),
     "reorder": lambda c, n, T, Q: paxcache.reorder(c, n),

@@ -1009,7 +1009,7 @@ def test_arguments_are_named():
         (ValueError, "tier: made for another", lambda: offload.evict(w.cache, w.index, other.tier, 1)),
         (ValueError, "num_pages must be at least 0", lambda: offload.evict(*state, -1)),
         (ValueError, "policy: expected", lambda: offload.evict(*state, 1, policy="best")),  # pyright: ignore
-        (ValueError, "give exactly one", lambda: offload.make_room(*state, jnp.zeros(4, jnp.int32))),
+        (ValueError, "give num_tokens", lambda: offload.make_room(*state, jnp.zeros(4, jnp.int32))),
         (ValueError, "tokens: expected", lambda: offload.prefetch(*state, np.zeros((2, 2), int))),
         (ValueError, "max_pages must be", lambda: offload.prefetch(*state, [1], max_pages=-1)),
         (ValueError, "min_hits must be", lambda: offload.write_through(*state, [], min_hits=-1)),
