@@ -92,7 +92,7 @@ OPS = {
     "gather_pages": lambda pool, k, q, blocks: ops.gather_pages(pool, IDS),
     "scatter_pages": lambda pool, k, q, blocks: ops.scatter_pages(pool, IDS, blocks),
     "paged_attention": lambda pool, k, q, blocks: ops.paged_attention(
-        q, pool, pool, TABLES, LENS, layer=1, return_lse=True, sinks=q[0, :, 0], sm_scale=q[0, 0, 0]
+        q, pool, pool, TABLES, LENS, layer=1, return_lse=True, sinks=q.sum((0, 2)), sm_scale=q.max()
     ),
     "merge_attention": lambda pool, k, q, blocks: ops.merge_attention(jnp.stack([q, q]), q[None, :, :, 0].repeat(2, 0)),
 }  # fmt: skip

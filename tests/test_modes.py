@@ -90,8 +90,16 @@ def mode(name: str):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize(
+    ("name", "jit"),
+    # Outside jit no array may hold what says "no key" of a log-sum-exp.
+    [
+        pytest.param(name, jit, id=f"{name}-{'jit' if jit else 'eager'}")
+        for name in MODES
+        for jit in (False, True)
+        if jit or name != "infs"
+    ],
+)
 def test_calls_in_a_mode_equal_those_without(name, jit):
     wanted = plain()
     with mode(name):

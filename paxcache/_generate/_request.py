@@ -245,7 +245,11 @@ def _read_stop_tokens(stop_tokens: Any, num_prompts: int) -> Int32[Array, "N E"]
         else:
             rows = [_read_stop_row("stop_tokens", stop_tokens, 1)]
         width = _padded_size(max(row.size for row in rows), minimum=4)
-        ids = jnp.stack([jnp.pad(row, (0, width - row.size), constant_values=-1) for row in rows])
+        # On the host where they are known: XLA's CPU compiler crashes over an empty array that it pads in a shard_map.
+        arrays = jnp if any(isinstance(row, jax.Array) for row in rows) else np
+        ids = jnp.asarray(
+            arrays.stack([arrays.pad(row, (0, width - row.size), constant_values=-1) for row in rows])
+        )
         shared = not any(map(is_row, stop_tokens))
     else:
         ids = jnp.asarray(_read_stop_row("stop_tokens", stop_tokens, 2))

@@ -95,7 +95,7 @@ def paged_attention(
     *,
     max_query_len: int,
     plan: Any = None,
-) -> tuple[Float[Array, "T H Dv"], Float[Array, "T H"]]:
+) -> tuple[Float[Array, "T H Dv"], Float[Array, "T H"] | None]:
     """Attention of each row's queries over its own pages, and the log-sum-exp of each query's scores.
 
     On a mesh with explicit axes the heads of the results lie where those of the pages lie, and their tokens where those
@@ -119,15 +119,16 @@ def paged_attention(
     heads = sharding.spec[2] if sharding.mesh.explicit_axes else own.spec[1]
     tokens = own.spec[0] if own.mesh.explicit_axes and own.spec[0] != heads else None
     out = NamedSharding(mesh, PartitionSpec(tokens, heads))
-    return jax.sharding.auto_axes(attend, axes=mesh.explicit_axes, out_sharding=(out, out))(arrays)
+    outs = out, out if scores.return_lse else None
+    return jax.sharding.auto_axes(attend, axes=mesh.explicit_axes, out_sharding=outs)(arrays)
 
 
 def _paged_attention(
     q: Float[Array, "T H D"], pools: Pools, rows: Rows, scores: Scores, plan: Plan
-) -> tuple[Float[Array, "T H Dv"], Float[Array, "T H"]]:
+) -> tuple[Float[Array, "T H Dv"], Float[Array, "T H"] | None]:
     k_pages, v_pages, layer = pools
     block_tables, seq_lens, query_starts, query_lens = rows
-    sm_scale, soft_cap, sliding_window, sinks, causal, _ = scores
+    sm_scale, soft_cap, sliding_window, sinks, causal, return_lse = scores
     f32 = jnp.float32
     T, H, D = q.shape
     _, _, K, S, _ = k_pages.shape
@@ -238,13 +239,15 @@ def _paged_attention(
         scale = jnp.exp(m - m_all)
         acc, l, m = acc * scale[..., None], l * scale + jnp.exp(sink - m_all), m_all
     out = acc / jnp.where(l > 0, l, 1)[..., None]
-    lse = jnp.where(l > 0, m + jnp.log(jnp.where(l > 0, l, 1)), -jnp.inf)
 
     # Back to the packed order. Padding writes nothing, so tokens that belong to no row stay zero.
     to = jnp.where(in_tile[None] < plan.tile_lens[:, None], tokens, T)
     out = jnp.moveaxis(out, 1, 2).reshape(num_tiles, Q, H, Dv)
-    lse = jnp.moveaxis(lse, 1, 2).reshape(num_tiles, Q, H)
     out = jnp.zeros((T, H, Dv), q.dtype).at[to].set(out.astype(q.dtype), mode="drop")
+    if not return_lse:
+        return out, None
+    lse = jnp.where(l > 0, m + jnp.log(jnp.where(l > 0, l, 1)), -jnp.inf)
+    lse = jnp.moveaxis(lse, 1, 2).reshape(num_tiles, Q, H)
     lse = jnp.full((T, H), -jnp.inf, f32).at[to].set(lse, mode="drop")
     return out, lse
 
