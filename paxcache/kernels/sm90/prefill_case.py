@@ -61,12 +61,12 @@ class Case:
     @property
     def chunk(self) -> int:
         """Columns of a swizzled row."""
-        return 64 if self.head_dim % 64 == 0 else 32
+        return _chunk(self.head_dim)
 
     @property
     def output_padding(self) -> int:
         """Rows that a consumer's output by rows has beyond its own, so that it can begin one row down."""
-        return 0 if self.head_dim * self.dtype.itemsize % BOX_ALIGNMENT == 0 else 2
+        return _output_padding(self.head_dim, self.dtype)
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -82,16 +82,25 @@ class Case:
         return math.gcd(self.page_size, self.config.block_kv)
 
 
-def scratch_of(case: Case) -> dict[str, Any]:
+def _scratch(
+    *,
+    head_dim: int,
+    dtype: Any,
+    kv_dtype: Any,
+    copy_len: int,
+    token_scales: bool,
+    config: Config,
+    interpreted: bool = False,
+) -> dict[str, Any]:
     """The shared memory of a program."""
-    D, chunk, config, dtype, form = case.head_dim, case.chunk, case.config, case.dtype, case.form
-    copies = config.block_kv // case.copy_len
+    D, form, chunk = head_dim, _quantize.BY_DTYPE.get(kv_dtype), _chunk(head_dim)
+    copies = config.block_kv // copy_len
     tiles = matrix_tiles(D * dtype.itemsize, dtype)
     by_columns = (CONSUMERS, D // chunk, ROWS, chunk)
     tiled = plgpu.SMEM(by_columns, dtype, transforms=tiles)
     untiled = plgpu.SMEM(by_columns, dtype, transforms=tiles[1:])
-    by_rows = plgpu.SMEM((CONSUMERS, ROWS + case.output_padding, D), dtype)
-    if case.interpret is not None:
+    by_rows = plgpu.SMEM((CONSUMERS, ROWS + _output_padding(D, dtype), D), dtype)
+    if interpreted:
         shared: dict[str, Any] = {"queries": tiled, "output": (by_rows, tiled)}
     elif config.output_over_queries:
         shared = {"queries_and_output": plgpu.RefUnion(tiled, untiled, by_rows, tiled, untiled)}
@@ -104,12 +113,12 @@ def scratch_of(case: Case) -> dict[str, Any]:
     if form is not None:
         arrivals, stages = 1, config.raw_stages
         row = D // form.per_element
-        transforms = matrix_tiles(row * case.kv_dtype.itemsize, case.kv_dtype)
+        transforms = matrix_tiles(row * kv_dtype.itemsize, kv_dtype)
         for name in "kv":
             shared[f"raw_{name}_s"] = plgpu.SMEM(
-                (stages, config.block_kv, row), case.kv_dtype, transforms=transforms
+                (stages, config.block_kv, row), kv_dtype, transforms=transforms
             )
-            if case.token_scales:
+            if token_scales:
                 shared[f"{name}_scales"] = plgpu.SMEM((THREADS,), jnp.float32)
             shared[f"raw_{name}_full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
     return shared | {
@@ -126,28 +135,66 @@ def scratch_of(case: Case) -> dict[str, Any]:
     }
 
 
+def _smem_bytes(scratch: dict[str, Any]) -> int:
+    """An upper estimate: every buffer rounded up to 1 KB, the alignment of swizzled ones; barriers together 2 KB."""
+
+    def size(x):
+        if isinstance(x, plgpu.RefUnion):
+            return max(map(size, x.refs))
+        return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize if hasattr(x, "dtype") else 0
+
+    return sum(-(-size(x) // 1024) * 1024 for x in scratch.values()) + 2048
+
+
+def scratch_of(case: Case) -> dict[str, Any]:
+    """The shared memory of a program."""
+    return _scratch(
+        head_dim=case.head_dim,
+        dtype=case.dtype,
+        kv_dtype=case.kv_dtype,
+        copy_len=case.copy_len,
+        token_scales=case.token_scales,
+        config=case.config,
+        interpreted=case.interpret is not None,
+    )
+
+
 def default_config(*, head_dim: int, dtype: Any, limits: DeviceLimits | None = None) -> Config:
     """Blocks as long as the registers allow, and as many stages as fit, output apart from queries if it can be."""
     limits, dtype = device_limits() if limits is None else limits, jnp.dtype(dtype)
-    form, itemsize = _quantize.BY_DTYPE.get(dtype), 2  # halves are what is multiplied
+    is_quantized = dtype in _quantize.BY_DTYPE
     # Converting takes registers from the consumers.
-    block_kv = 128 if head_dim <= 128 and form is None else 64
-    rows = CONSUMERS * ROWS * head_dim * itemsize
-    stage = block_kv * head_dim * itemsize
-    slack = 2048 if form is None else 4096  # what is not counted takes less
-    room = limits.smem_bytes_per_block - slack - rows
+    block_kv = 128 if head_dim <= 128 and not is_quantized else 64
+
+    def config(stages: int, raw_stages: int, output_over_queries: bool) -> Config:
+        return Config(
+            num_programs=limits.num_sms,
+            block_kv=block_kv,
+            key_stages=stages,
+            value_stages=stages,  # one more gains nothing
+            output_over_queries=output_over_queries,
+            raw_stages=raw_stages,
+        )
+
+    def fits(*sizes: Any) -> bool:
+        half = jnp.dtype(jnp.bfloat16)  # what is multiplied, or another of two bytes
+        shape = {"head_dim": head_dim, "dtype": half, "kv_dtype": dtype if is_quantized else half}
+        made = _scratch(**shape, copy_len=block_kv, token_scales=is_quantized, config=config(*sizes))
+        return _smem_bytes(made) <= limits.smem_bytes_per_block
+
     raw_stages = 0
-    if form is not None:
-        raw = 2 * block_kv * (head_dim // form.per_element)
-        raw_stages = 2 if room - 2 * raw >= 4 * stage else 1
-        room -= raw_stages * raw
-    apart = room - rows >= 4 * stage
-    stages = min(8, (room - rows if apart else room) // stage)
-    return Config(
-        num_programs=limits.num_sms,
-        block_kv=block_kv,
-        key_stages=stages // 2,
-        value_stages=stages // 2,  # one more gains nothing
-        output_over_queries=not apart,
-        raw_stages=raw_stages,
-    )
+    if is_quantized:
+        raw_stages = 2 if fits(2, 2, True) else 1
+    over_queries = not fits(2, raw_stages, False)
+    stages = max(n for n in range(1, 5) if n == 1 or fits(n, raw_stages, over_queries))
+    return config(stages, raw_stages, over_queries)
+
+
+def _chunk(head_dim: int) -> int:
+    """Columns of a swizzled row."""
+    return 64 if head_dim % 64 == 0 else 32
+
+
+def _output_padding(head_dim: int, dtype: Any) -> int:
+    """Rows that a consumer's output by rows has beyond its own, so that it can begin one row down."""
+    return 0 if head_dim * dtype.itemsize % BOX_ALIGNMENT == 0 else 2
