@@ -9,31 +9,35 @@ the numbers.
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import functools
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import jinja2
-import jinja2.sandbox
 import numpy as np
 import safetensors
 import safetensors.numpy
 import tokenizers
 from flax import nnx
 
+from folder import check_folder, listed, read_json, whole
 from llama import Llama, LlamaConfig, RopeScaling
+from text import TextStream, read_chat_template, read_tokenizer, render_chat, stop_tokens
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 # Path in the model, layers without their number -> name in the checkpoint; "{}" stands for the number.
 TENSOR_NAMES = {
-    "embed.embedding": "model.embed_tokens.weight",
+    "embed.embedding": EMBEDDING,
     "layers.input_norm.scale": "model.layers.{}.input_layernorm.weight",
     "layers.q_proj.kernel": "model.layers.{}.self_attn.q_proj.weight",
     "layers.q_proj.bias": "model.layers.{}.self_attn.q_proj.bias",
@@ -50,7 +54,7 @@ TENSOR_NAMES = {
     "layers.up_proj.kernel": "model.layers.{}.mlp.up_proj.weight",
     "layers.down_proj.kernel": "model.layers.{}.mlp.down_proj.weight",
     "norm.scale": "model.norm.weight",
-    "lm_head": "lm_head.weight",
+    "lm_head": HEAD,
 }
 
 
@@ -70,24 +74,39 @@ class Checkpoint:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain text, with the special tokens that the tokenizer puts around it."""
-        return self._tokenizer().encode(text).ids
-
-    def decode(self, tokens: Any) -> str:
-        """The text of token ids, special tokens left out."""
-        return self._tokenizer().decode([int(token) for token in tokens])
+        return self._known(self._tokenizer().encode(text).ids)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, [{"role": "user", "content": "..."}, ...], ready for the answer."""
         if self.chat_template is None:
-            raise ValueError("this checkpoint has no chat template; use encode(text)")
+            raise ValueError("this checkpoint has no (default) chat template; encode plain text instead")
         text = render_chat(self.chat_template, messages, self.special_tokens)
         # The template writes the special tokens itself.
-        return self._tokenizer().encode(text, add_special_tokens=False).ids
+        return self._known(self._tokenizer().encode(text, add_special_tokens=False).ids)
+
+    def decode(self, tokens: Any, *, prompt: Sequence[int] = ()) -> str:
+        """The text of token ids, special tokens left out; after a prompt, the text that they add to it."""
+        return self.text_stream(prompt).push(tokens, last=True)
+
+    def text_stream(self, prompt: Sequence[int] = ()) -> TextStream:
+        """Makes text of the tokens that follow a prompt, as they come."""
+        return TextStream(self._tokenizer(), prompt)
 
     def _tokenizer(self) -> tokenizers.Tokenizer:
         if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer.json")
+            raise ValueError(
+                "this checkpoint has no tokenizer.json, which text needs; transformers writes it "
+                "(AutoTokenizer.from_pretrained, then save_pretrained)"
+            )
         return self.tokenizer
+
+    def _known(self, tokens: list[int]) -> list[int]:
+        if tokens and max(tokens) >= self.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer made token {max(tokens)}, but the model knows {self.config.vocab_size} tokens: "
+                "they do not belong together"
+            )
+        return tokens
 
 
 def load(folder: str | Path, *, dtype: DTypeLike | None = None) -> Checkpoint:
@@ -98,22 +117,22 @@ def load(folder: str | Path, *, dtype: DTypeLike | None = None) -> Checkpoint:
       dtype: of weights and computation; None means float32 on the CPU and bfloat16 elsewhere.
 
     Raises:
-      FileNotFoundError: config.json or the weights are missing.
-      ValueError: the configuration asks for what the model does not do (the field is named), or a tensor
-        is missing, unexpected or of another shape (the tensor is named).
+      FileNotFoundError, NotADirectoryError: there is no such folder, or config.json or the weights are missing.
+      ValueError: the configuration asks for what the model does not do (the field is named), a tensor is
+        missing, unexpected or of another shape (the tensor is named), or a file cannot be read.
     """
     folder = Path(folder)
+    check_folder(folder)
     default_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    hf_config = _read_json(folder / "config.json")
+    hf_config = read_json(folder / "config.json")
     config = parse_config(hf_config)
-    tokenizer_file = folder / "tokenizer.json"
-    chat_template, special_tokens = _read_chat_template(folder)
+    chat_template, special_tokens = read_chat_template(folder)
     return Checkpoint(
-        model=load_model(folder, config, dtype=default_dtype if dtype is None else dtype),
-        tokenizer=tokenizers.Tokenizer.from_file(str(tokenizer_file)) if tokenizer_file.exists() else None,
-        stop_tokens=_stop_tokens(folder, hf_config),
+        tokenizer=read_tokenizer(folder),
+        stop_tokens=stop_tokens(folder, hf_config),
         chat_template=chat_template,
         special_tokens=special_tokens,
+        model=load_model(folder, config, dtype=default_dtype if dtype is None else dtype),
     )
 
 
@@ -121,99 +140,209 @@ def load(folder: str | Path, *, dtype: DTypeLike | None = None) -> Checkpoint:
 # config.json
 # --------------------------------------------------------------------------------------------------
 
+# What does not change the numbers of the model: names and files, training, text generation.
+WITHOUT_EFFECT = """
+    _name_or_path name_or_path _commit_hash architectures transformers_version tokenizer_class is_llama_config
+    torch_dtype dtype use_bfloat16 torchscript use_cache _attn_implementation attn_implementation
+    _attn_implementation_autoset pretraining_tp transformers.js_config unsloth_fixed unsloth_version
+    initializer_range attention_dropout hidden_dropout gradient_checkpointing is_decoder
+    problem_type finetuning_task task_specific_params id2label label2id num_labels
+    output_attentions output_hidden_states return_dict return_dict_in_generate output_scores
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id prefix
+    do_sample temperature top_k top_p typical_p repetition_penalty length_penalty diversity_penalty
+    encoder_no_repeat_ngram_size no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens
+    forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty remove_invalid_values
+    max_length min_length max_new_tokens early_stopping num_beams num_beam_groups num_return_sequences
+"""
+# What has one value that the model can do, which is also what it has where it is absent.
+FIXED = {
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "is_causal": True,
+    "use_mrope": False,
+    "rope_interleaved": False,
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "tie_encoder_decoder": False,
+    "pruned_heads": {},
+    "chunk_size_feed_forward": 0,
+}
+# Settings of each kind of rotary positions, beside rope_theta.
+ROPE_SETTINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+REQUIRED = object()
+
 
 def parse_config(hf: dict[str, Any]) -> LlamaConfig:
-    """Translates the contents of config.json; absent fields mean what they mean in `transformers`."""
-    model_type = hf.get("model_type")
+    """Translates the contents of config.json; absent fields mean what they mean in `transformers`.
+
+    Raises:
+      ValueError: names a field that is missing, of a wrong type, contradicts another, asks for what the model cannot
+        do, or is unknown: it might change the numbers.
+    """
+    left = dict(hf)  # what is read is taken out
+    take = functools.partial(_take, left)
+    model_type = left.pop("model_type", None)
     if model_type not in MODEL_TYPES:
         raise ValueError(
             f"config.json: model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}"
         )
-    if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method")
+    if quantization := left.pop("quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ValueError(
-            f"config.json: quantization_config ({method}): quantised weights are not supported; "
-            "use the checkpoint they were made from"
+            f"config.json: quantization_config ({method}): quantised weights are not "
+            "supported; use the checkpoint they were made from"
         )
-    _require(hf, "hidden_act", "silu")
-    _require(hf, "mlp_bias", False)
-    _require(hf, "partial_rotary_factor", 1.0)
-    num_heads = _field(hf, "num_attention_heads")
-    hidden_size = _field(hf, "hidden_size")
+    for name, supported in FIXED.items():
+        if (value := left.pop(name, supported)) != supported:
+            raise ValueError(f"config.json: {name} must be {supported!r}, got {value!r}")
+
+    num_layers, num_heads = take("num_hidden_layers", int), take("num_attention_heads", int)
+    hidden_size, max_len = take("hidden_size", int), take("max_position_embeddings", int)
     default_head_dim = 128 if model_type == "qwen3" else hidden_size // num_heads
-    rope_theta, rope_scaling = _parse_rope(hf)
-    attention_bias = hf.get("attention_bias", False)
-    return LlamaConfig(
-        vocab_size=_field(hf, "vocab_size"),
+    rope_theta, rope_scaling = _take_rope(left)
+    attention_bias = take("attention_bias", bool, False)
+    if model_type == "mistral" and attention_bias:
+        raise ValueError("config.json: attention_bias must be False for mistral, got True")
+    config = LlamaConfig(
+        vocab_size=take("vocab_size", int),
         hidden_size=hidden_size,
-        intermediate_size=_field(hf, "intermediate_size"),
-        num_layers=_field(hf, "num_hidden_layers"),
+        intermediate_size=take("intermediate_size", int),
+        num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=hf.get("num_key_value_heads") or num_heads,
-        head_dim=hf.get("head_dim") or default_head_dim,
-        max_len=_field(hf, "max_position_embeddings"),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        num_kv_heads=take("num_key_value_heads", int | None, None) or num_heads,
+        head_dim=take("head_dim", int | None, None) or default_head_dim,
+        max_len=max_len,
+        norm_eps=take("rms_norm_eps", float, 1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         qkv_bias=model_type == "qwen2" or attention_bias,
         out_bias=model_type != "qwen2" and attention_bias,
         qk_norm=model_type == "qwen3",
-        tied_embeddings=hf.get("tie_word_embeddings", False),
-        sliding_window=_parse_sliding_window(hf, model_type),
+        tied_embeddings=take("tie_word_embeddings", bool, False),
+        sliding_window=_take_sliding_window(left, model_type, num_layers),
     )
+    known = WITHOUT_EFFECT.split()
+    if unknown := [f"{name}={left[name]!r}" for name in left if name not in known and left[name] is not None]:
+        raise ValueError(
+            f"config.json: unknown settings {listed(unknown)}: "
+            "they may ask for what the model does not do; take out those that do not change its numbers"
+        )
+    return config
 
 
-def _field(hf: dict[str, Any], name: str) -> int:
-    if not isinstance(hf.get(name), int):
-        raise ValueError(f"config.json: {name} must be an integer, got {hf.get(name)!r}")
-    return hf[name]
+def _take(left: dict[str, Any], name: str, kind: Any, default: Any = REQUIRED, *, minimum: int = 1) -> Any:
+    """Takes a field of this type out of what is left; where it is absent, the default if there is one."""
+    if name not in left and default is not REQUIRED:
+        return default
+    value = left.pop(name, None)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        kinds = {
+            int: "an integer",
+            int | None: "an integer or null",
+            float: "a number",
+            bool: "true or false",
+        }
+        raise ValueError(f"config.json: {name} must be {kinds.get(kind, kind)}, got {value!r}")
+    if isinstance(value, int) and kind is not bool and value < minimum:
+        raise ValueError(f"config.json: {name} must be at least {minimum}, got {value}")
+    if isinstance(value, float) and not 0 < value < math.inf:
+        raise ValueError(f"config.json: {name} must be above 0 and finite, got {value}")
+    return value
 
 
-def _require(hf: dict[str, Any], name: str, supported: Any) -> None:
-    if hf.get(name, supported) != supported:
-        raise ValueError(f"config.json: {name} must be {supported!r}, got {hf[name]!r}")
+def _take_rope(left: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    # transformers 5 writes one field, rope_parameters; before that there were rope_theta and rope_scaling. Some files
+    # have both, for readers of either age; they must say the same.
+    common = {name: left.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in left}
+    stated: dict[str, dict[str, Any]] = {}
+    for field in ("rope_parameters", "rope_scaling"):
+        settings = left.pop(field, None)
+        if not isinstance(settings, dict | None):
+            raise ValueError(f"config.json: {field} must be an object or null, got {settings!r}")
+        if settings:
+            stated[field] = {"rope_type": "default", "rope_theta": 10000.0, **common}
+            stated[field] |= _rope_settings(field, settings, common)
+    old, new = stated.get("rope_scaling"), stated.get("rope_parameters")
+    if old and new and old != new:
+        names = sorted(name for name in old | new if old.get(name) != new.get(name))
+        raise ValueError(f"config.json: rope_parameters and rope_scaling differ in {', '.join(names)}")
+    field = "rope_parameters" if new else "rope_scaling"
+    settings = new or old or {"rope_theta": 10000.0, **common}
+
+    kind = settings.pop("rope_type", "default")
+    if kind not in ROPE_SETTINGS:
+        kinds = "default, linear or llama3"
+        raise ValueError(f"config.json: {field}.rope_type must be {kinds}, got {kind!r}")
+    if (partial := settings.pop("partial_rotary_factor", 1.0)) != 1:
+        raise ValueError(f"config.json: partial_rotary_factor must be 1.0, got {partial!r}")
+    theta = _take(settings, "rope_theta", float)
+    wanted = ROPE_SETTINGS[kind]
+    if missing := [name for name in wanted if name not in settings]:
+        raise ValueError(f"config.json: {field} of type {kind!r} lacks {', '.join(missing)}")
+    if unknown := [name for name in settings if name not in wanted]:
+        raise ValueError(f"config.json: {field} of type {kind!r} has no setting {', '.join(unknown)}")
+    if kind == "default":
+        return theta, None
+    original_max_len = "original_max_position_embeddings"
+    values = {name: _take(settings, name, int if name == original_max_len else float) for name in wanted}
+    if kind == "llama3":
+        values["original_max_len"] = values.pop(original_max_len)
+        if values["low_freq_factor"] >= values["high_freq_factor"]:
+            raise ValueError(f"config.json: {field}.low_freq_factor must be below high_freq_factor")
+    return theta, RopeScaling(kind=kind, **values)
 
 
-def _parse_rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    # transformers 5 writes one field, rope_parameters; before that there were rope_theta and rope_scaling.
-    field = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-    rope = hf.get(field) or {}
-    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    try:
-        if kind == "default":
-            return theta, None
-        if kind == "linear":
-            return theta, RopeScaling(kind=kind, factor=float(rope["factor"]))
-        if kind == "llama3":
-            return theta, RopeScaling(
-                kind=kind,
-                factor=float(rope["factor"]),
-                low_freq_factor=float(rope["low_freq_factor"]),
-                high_freq_factor=float(rope["high_freq_factor"]),
-                original_max_len=int(rope["original_max_position_embeddings"]),
+def _rope_settings(field: str, settings: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
+    """The settings of one field, which contradict neither each other nor those that stand outside it."""
+    if layered := [name for name, value in settings.items() if isinstance(value, dict)]:
+        raise ValueError(
+            f"config.json: {field} differs by kind of layer ({', '.join(layered)}), which is not supported"
+        )
+    found = {name: value for name, value in settings.items() if value is not None or name == "rope_theta"}
+    kind = found.pop("type", None)  # the older name
+    if kind is not None and found.setdefault("rope_type", kind) != kind:
+        raise ValueError(f"config.json: {field}.type is {kind!r}, but rope_type is {found['rope_type']!r}")
+    for name, value in common.items():
+        if found.get(name, value) != value:
+            raise ValueError(f"config.json: {field}.{name} is {found[name]!r}, but {name} is {value!r}")
+    return found
+
+
+def _take_sliding_window(left: dict[str, Any], model_type: str, num_layers: int) -> int | None:
+    full, sliding = "full_attention", "sliding_attention"
+    default = None if model_type == "llama" else 4096
+    window = _take(left, "sliding_window", int | None, default)
+    use_window = _take(left, "use_sliding_window", bool, None)
+    first = left.pop("max_window_layers", 28)
+    if model_type == "llama" and window is not None:
+        raise ValueError(f"config.json: sliding_window must be null for llama, got {window}")
+    if model_type in ("llama", "mistral"):
+        kinds = [full if window is None else sliding] * num_layers
+        if use_window not in (None, window is not None):
+            raise ValueError(
+                f"config.json: sliding_window is {window}, but use_sliding_window is {use_window}"
             )
-    except KeyError as error:
-        raise ValueError(f"config.json: {field} of type {kind!r} lacks {error.args[0]}") from error
-    raise ValueError(f"config.json: {field}.rope_type must be default, linear or llama3, got {kind!r}")
-
-
-def _parse_sliding_window(hf: dict[str, Any], model_type: str) -> int | None:
-    if model_type == "llama":
-        return None
-    if model_type == "mistral":
-        return hf.get("sliding_window", 4096)
-    if not hf.get("use_sliding_window", False):
-        return None
-    # Qwen windows the layers from max_window_layers on; ours are alike, so it must be all of them or none.
-    num_layers = _field(hf, "num_hidden_layers")
-    kinds = hf.get("layer_types")
-    if kinds is None:
-        first = hf.get("max_window_layers", 28)
-        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(num_layers)]
+    elif not use_window or window is None:
+        kinds, window = [full] * num_layers, None
+    else:  # Qwen windows the layers from max_window_layers on
+        first = _take({"max_window_layers": first}, "max_window_layers", int, minimum=0)
+        kinds = [full if i < first else sliding for i in range(num_layers)]
+    stated = left.pop("layer_types", None)
+    if model_type in ("qwen2", "qwen3") and window is not None:
+        kinds = stated or kinds
     if len(set(kinds)) != 1:
         raise ValueError("config.json: layer_types (or max_window_layers) mixes full and sliding attention")
-    return _field(hf, "sliding_window") if kinds[0] == "sliding_attention" else None
+    if stated is not None and stated != kinds[:1] * num_layers:
+        raise ValueError(
+            f"config.json: layer_types must be {kinds[0]!r} for each of {num_layers} layers, got {stated!r}"
+        )
+    return window if kinds[0] == sliding else None
 
 
 def hf_config(config: LlamaConfig, *, dtype: DTypeLike) -> dict[str, Any]:
@@ -281,6 +410,13 @@ def load_model(folder: str | Path, config: LlamaConfig, *, dtype: DTypeLike) -> 
         abstract_value = variable.get_value()
         tensor = tensors.read(_tensor_name(path), abstract_value.shape, transposed=path[-1] == "kernel")
         loaded.append((path, variable.replace(jnp.asarray(tensor, abstract_value.dtype))))
+    if (
+        config.tied_embeddings and HEAD in tensors.names
+    ):  # many files hold the embedding again under this name
+        shape = (config.vocab_size, config.hidden_size)
+        head, embedding = (tensors.read(name, shape, transposed=False) for name in (HEAD, EMBEDDING))
+        if not np.array_equal(head, embedding):
+            raise ValueError(f"tensor {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true")
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
 
@@ -309,15 +445,18 @@ def _check_names(expected: set[str], found: set[str], config: LlamaConfig) -> No
     # Derived data that some checkpoints carry: rotary tables, and a head that is the embedding anyway.
     extra = {name for name in found - expected if not name.endswith("rotary_emb.inv_freq")}
     if config.tied_embeddings:
-        extra.discard("lm_head.weight")
+        extra.discard(HEAD)  # compared with the embedding in load_model
     for what, names in (("missing", expected - found), ("unexpected", extra)):
         if names:
-            raise ValueError(f"{what} tensors in the checkpoint: {_listed(sorted(names))}")
+            raise ValueError(f"{what} tensors in the checkpoint: {listed(sorted(names))}")
 
 
-def _listed(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _open(file: Path) -> Any:
+    """A safetensors file whose tensors are read one by one."""
+    try:
+        return safetensors.safe_open(whole(file), framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file}: not a safetensors file that can be read: {error}") from error
 
 
 class _Tensors:
@@ -327,19 +466,18 @@ class _Tensors:
         index = folder / "model.safetensors.index.json"
         single = folder / "model.safetensors"
         if index.exists():
-            file_of = _read_json(index)["weight_map"]
-        elif single.exists():
-            with safetensors.safe_open(single, framework="numpy") as file:
-                file_of = dict.fromkeys(file.keys(), single.name)
+            file_of = read_json(index).get("weight_map")
+            if not isinstance(file_of, dict):
+                raise ValueError(f"{index}: has no weight_map")
+            missing = sorted({name for name in file_of.values() if not (folder / name).exists()})
+            if missing:
+                raise FileNotFoundError(f"{folder}: {listed(missing)}, named in {index.name}, is missing")
+            self._files = {name: _open(folder / name) for name in set(file_of.values())}
         else:
-            raise FileNotFoundError(f"{folder}: neither {single.name} nor {index.name}")
+            self._files = {single.name: _open(single)}
+            file_of = dict.fromkeys(self._files[single.name].keys(), single.name)
         self.names = set(file_of)
         self._file_of = file_of
-        self._files = {}
-        for name in set(file_of.values()):
-            if not (folder / name).exists():
-                raise FileNotFoundError(f"{folder}: {name}, named in {index.name}, is missing")
-            self._files[name] = safetensors.safe_open(folder / name, framework="numpy")
 
     def read(self, name: str, shape: tuple[int, ...], *, transposed: bool) -> np.ndarray:
         """One tensor as [*shape]; stored as [out, in] where transposed (nnx kernels are [in, out])."""
@@ -354,60 +492,3 @@ class _Tensors:
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise ValueError(f"tensor {name} must hold floating-point numbers, got {tensor.dtype}")
         return tensor.T if transposed else tensor
-
-
-# --------------------------------------------------------------------------------------------------
-# Text: stop tokens and chat template
-# --------------------------------------------------------------------------------------------------
-
-
-def render_chat(template: str, messages: list[dict[str, str]], special_tokens: dict[str, str]) -> str:
-    """Renders a Hugging Face chat template, ending where the assistant's answer begins."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-
-    def raise_exception(message: str) -> None:
-        raise ValueError(f"chat template: {message}")
-
-    def to_json(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)  # jinja2's own would escape for HTML
-
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    environment.filters["tojson"] = to_json
-    return environment.from_string(template).render(
-        messages=messages, add_generation_prompt=True, **special_tokens
-    )
-
-
-def _read_chat_template(folder: Path) -> tuple[str | None, dict[str, str]]:
-    file = folder / "tokenizer_config.json"
-    config = _read_json(file) if file.exists() else {}
-    special = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        token = config.get(name)
-        if token is not None:
-            special[name] = token["content"] if isinstance(token, dict) else token
-    own_file = folder / "chat_template.jinja"
-    if own_file.exists():
-        return own_file.read_text(encoding="utf-8"), special
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named ones, as [{"name": ..., "template": ...}]
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template, special
-
-
-def _stop_tokens(folder: Path, hf: dict[str, Any]) -> tuple[int, ...]:
-    # generation_config.json knows the end of a turn as well as the end of a text.
-    file = folder / "generation_config.json"
-    tokens = (_read_json(file) if file.exists() else {}).get("eos_token_id", hf.get("eos_token_id"))
-    if tokens is None:
-        return ()
-    return tuple(tokens) if isinstance(tokens, list) else (tokens,)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        raise FileNotFoundError(f"{file.parent}: no {file.name}")
-    return json.loads(file.read_text(encoding="utf-8"))

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
+import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,47 +40,72 @@ PROMPTS: tuple[str, ...] = (
 )
 
 
-def parse_arguments() -> argparse.Namespace:
+def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
+    """Reads a command-line number in [low, high], or in (low, high] with `above`."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not (low < value <= high if above else low <= value <= high):
+            limits = f"{'above' if above else 'at least'} {low}" + (
+                f" and at most {high}" if high < math.inf else ""
+            )
+            raise argparse.ArgumentTypeError(f"must be {limits}, got {text}")
+        return value
+
+    read.__name__ = kind.__name__  # for argparse's message about what is no number
+    return read
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    count = number(int, 1)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=TINY, help="folder in the Hugging Face layout")
     parser.add_argument("--prompt", action="append", help="may be given several times")
     parser.add_argument("--chat", action="store_true", help="wrap each prompt in the model's chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--max-new-tokens", type=count, default=96)
     parser.add_argument(
-        "--max-len", type=int, help="longest sequence, for both caches (default: the model's)"
+        "--max-len", type=count, help="longest sequence, for both caches (default: the model's)"
     )
-    parser.add_argument("--rows", type=int, help="sequences at a time (default: all prompts)")
-    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--rows", type=count, help="sequences at a time (default: all prompts)")
+    parser.add_argument("--page-size", type=count, default=16)
     parser.add_argument(
-        "--num-pages", type=int, help="pages of the pool (default: as many as the prompts can need)"
+        "--num-pages", type=count, help="pages of the pool (default: as many as the prompts can need)"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--min-p", type=float, default=0.0)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=number(int, 0), default=0, help="0 keeps all")
+    parser.add_argument("--top-p", type=number(float, 0, 1, above=True), default=1.0)
+    parser.add_argument("--min-p", type=number(float, 0, 1), default=0.0)
+    parser.add_argument("--repetition-penalty", type=number(float, 0, above=True), default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stream", action="store_true", help="print tokens as they come")
     check_help = "compare greedy tokens with a dense cache (default: only for the built-in model)"
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, help=check_help)
-    return parser.parse_args()
+    args = parser.parse_args(argv)
+    greedy = args.temperature == 0 and args.repetition_penalty == 1
+    if args.check and not greedy:
+        parser.error("--check compares greedy tokens: leave out --temperature and --repetition-penalty")
+    args.check = greedy and args.model == TINY if args.check is None else args.check
+    return args
 
 
-def main() -> None:
-    args = parse_arguments()
-    check = args.model == TINY if args.check is None else args.check
-    check = check and args.temperature == 0 and args.repetition_penalty == 1
-    if check:  # rounding must not decide a near tie between the two caches
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    if args.check:  # rounding must not decide a near tie between the two caches
         jax.config.update("jax_default_matmul_precision", "highest")
-    loaded = checkpoint.load(args.model, dtype=jnp.float32 if check else None)
-    config = loaded.config
     texts = args.prompt or list(PROMPTS)
-    if args.chat:
-        prompts = [loaded.encode_chat([{"role": "user", "content": text}]) for text in texts]
-    else:
-        prompts = [loaded.encode(text) for text in texts]
+    try:
+        loaded = checkpoint.load(args.model, dtype=jnp.float32 if args.check else None)
+        if args.chat:
+            prompts = [loaded.encode_chat([{"role": "user", "content": text}]) for text in texts]
+        else:
+            prompts = [loaded.encode(text) for text in texts]
+    except (OSError, ValueError) as error:  # what is wrong with the folder, in one line
+        sys.exit(str(error))
+    config = loaded.config
+    if [] in prompts:
+        sys.exit(f"prompt {texts[prompts.index([])]!r} has no tokens; the model needs at least one")
     max_len = args.max_len or config.max_len
     too_long = [len(p) for p in prompts if len(p) + args.max_new_tokens > max_len]
     if too_long:
@@ -121,19 +150,16 @@ def main() -> None:
     compiled = time.perf_counter()
     generation = run(cache=cache)
     if isinstance(generation, paxcache.Stream):
-        print_stream(generation, texts, loaded)
+        print_stream(generation, texts, prompts, loaded)
     generation = finish(generation)
     jax.block_until_ready(generation.tokens)
     seconds = time.perf_counter() - compiled
 
     outputs = generation.to_lists()
     if not args.stream:
-        for text, tokens in zip(texts, outputs, strict=True):
-            print(
-                f"\n\033[1m{text}\033[0m{loaded.decode(tokens)}"
-                if sys.stdout.isatty()
-                else f"\n> {text}|{loaded.decode(tokens)}"
-            )
+        for text, prompt, tokens in zip(texts, prompts, outputs, strict=True):
+            written = loaded.decode(tokens, prompt=prompt)
+            print(f"\n\033[1m{text}\033[0m{written}" if sys.stdout.isatty() else f"\n> {text}|{written}")
     reasons = ", ".join(
         paxcache.StopReason(int(r)).name for r in np.unique(np.asarray(generation.stop_reasons))
     )
@@ -144,7 +170,7 @@ def main() -> None:
         f"on {jax.devices()[0].device_kind} (compiled before in {compiled - begin:.1f} s); stopped: {reasons}"
     )
 
-    if check:
+    if args.check:
         check_against_dense(loaded.model, prompts, outputs, args.max_new_tokens, pages.dtype)
 
 
@@ -157,15 +183,16 @@ def finish(generation: paxcache.Generation | paxcache.Stream) -> paxcache.Genera
     return generation.result
 
 
-def print_stream(stream: paxcache.Stream, texts: list[str], loaded: checkpoint.Checkpoint) -> None:
+def print_stream(
+    stream: paxcache.Stream, texts: list[str], prompts: list[list[int]], loaded: checkpoint.Checkpoint
+) -> None:
     """Prints each prompt's new text whenever there is some."""
-    tokens: dict[int, list[int]] = {}
-    for prompt, new in stream:
-        before = loaded.decode(tokens.setdefault(prompt, []))
-        tokens[prompt] += new
-        print(
-            f"[{prompt}: {texts[prompt][:24]}] {loaded.decode(tokens[prompt])[len(before) :]!r}", flush=True
-        )
+    written = [loaded.text_stream(prompt) for prompt in prompts]
+    pieces = ((prompt, written[prompt].push(new)) for prompt, new in stream)
+    rest = ((prompt, text.push([], last=True)) for prompt, text in enumerate(written))
+    for prompt, piece in itertools.chain(pieces, rest):
+        if piece:
+            print(f"[{prompt}: {texts[prompt][:24]}] {piece!r}", flush=True)
 
 
 def print_summary(

@@ -264,14 +264,28 @@ class Llama(nnx.Module):
         hidden, _ = self.hidden(tokens, positions, attend, None)
         return self.logits(hidden)
 
-    def hidden(self, tokens: Array, positions: Array, attend: Attend, cache: Any) -> tuple[Array, Any]:
-        """Final hidden states [..., E] of tokens i32[...] at positions i32[...], and the cache."""
+    def hidden(
+        self, tokens: Array, positions: Array, attend: Attend, cache: Any, *, trace_once: bool = False
+    ) -> tuple[Array, Any]:
+        """Final hidden states [..., E] of tokens i32[...] at positions i32[...], and the cache.
+
+        `trace_once` traces and lowers one layer for all of them: `attend` gets a traced index then.
+        """
         angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.config)
         rope = (jnp.cos(angles), jnp.sin(angles))
 
         x = self.embed(tokens)
+        layout, _ = nnx.split(self.layers[0])  # that of each layer
+
+        @jax.jit
+        def run(weights, x, cache, index):
+            return nnx.merge(layout, weights)(x, rope, attend, cache, index)
+
         for index, layer in enumerate(self.layers):
-            x, cache = layer(x, rope, attend, cache, index)
+            if trace_once:
+                x, cache = run(nnx.state(layer), x, cache, jnp.int32(index))
+            else:
+                x, cache = layer(x, rope, attend, cache, index)
         return self.norm(x).astype(x.dtype), cache
 
     def logits(self, hidden: Float[Array, "... E"]) -> Float[Array, "... V"]:
@@ -313,10 +327,10 @@ def paged_model(model: Llama) -> tuple[Callable[..., tuple[Array, paxcache.Paged
         window = model.config.sliding_window
 
         def attend(cache, index, q, k, v):
-            cache = paxcache.append(cache, index, k, v, step)
-            return paxcache.attend(cache, index, q, step, sliding_window=window), cache
+            cache = paxcache.append(cache, (0, index), k, v, step)
+            return paxcache.attend(cache, (0, index), q, step, sliding_window=window), cache
 
-        hidden, cache = model.hidden(tokens, step.positions, attend, cache)
+        hidden, cache = model.hidden(tokens, step.positions, attend, cache, trace_once=True)
         return model.logits(hidden[logits_at]), cache
 
     return model_fn, params

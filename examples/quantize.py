@@ -99,8 +99,13 @@ def main() -> None:
     parser.add_argument("--prompt", default="The import statement")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     args = parser.parse_args()
+    if min(args.windows, args.max_new_tokens) < 1:
+        parser.error("--windows and --max-new-tokens must be at least 1")
 
-    loaded = checkpoint.load(args.model, dtype=jnp.float32)
+    try:
+        loaded = checkpoint.load(args.model, dtype=jnp.float32)
+    except (OSError, ValueError) as error:  # what is wrong with the folder, in one line
+        parser.exit(1, f"{error}\n")
     model_fn, params = llama.paged_model(loaded.model)
     text = loaded.encode(train_tiny.held_out_text())
     every = len(text) // args.windows  # evenly over the text
@@ -151,8 +156,8 @@ def main() -> None:
             flush=True,
         )
         if same < len(written):
-            print(f"    {args.prompt}{loaded.decode(written)!r}")
-    print(f"exact text: {args.prompt}{loaded.decode(reference[1])!r}" if reference else "")
+            print(f"    {args.prompt}{loaded.decode(written, prompt=prompt)!r}")
+    print(f"exact text: {args.prompt}{loaded.decode(reference[1], prompt=prompt)!r}" if reference else "")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ The cache is a value: `init` makes one, and every other function takes one and r
     cache = paxcache.append(cache, layer, k, v, step)                # in each layer
     out = paxcache.attend(cache, layer, q, step)
 
-`generate` and `stream` run a model over it until every prompt is answered, in one compiled program.
+`generate` and `stream` run a model over it until every prompt is answered, in one compiled program; `check_model` tells
+whether a model function is right.
 
 `paxcache.ops` holds the array-level ops, `paxcache.prefix` the sharing of computed prefixes, `paxcache.offload` the
 host tier, `paxcache.sharding` the layout over devices. Imported by name, since they need more than JAX: `paxcache.nnx`
@@ -25,6 +26,7 @@ from paxcache._cache import init as init
 from paxcache._cache import release as release
 from paxcache._cache import reorder as reorder
 from paxcache._cache import truncate as truncate
+from paxcache._check_model import check_model as check_model
 from paxcache._generate import Generation as Generation
 from paxcache._generate import StopReason as StopReason
 from paxcache._generate import Stream as Stream

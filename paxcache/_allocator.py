@@ -1,4 +1,4 @@
-"""Allocation as pure functions of small integer arrays. Imports `_types` alone; knows tables and counts, never pages.
+"""Allocation as pure functions of small integer arrays: knows tables and counts, never pages.
 
 Nothing here loops over tokens or pages: cumulative sums give ranks, scatters move ids. Counts are never clamped.
 Functions take one group's tables; what concerns all groups (admission) takes a list.
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 
-from paxcache._types import INT32_MAX, NO_PAGE, Status
+from paxcache._types import NO_PAGE, Status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +54,18 @@ def running_sum(x: Int32[Array, "... N"]) -> Int32[Array, "... N"]:
     if x.size * size > 1 << 20:
         return jnp.cumsum(x, axis=-1, dtype=jnp.int32)
     index = jnp.arange(size, dtype=jnp.int32)
-    return jnp.sum(jnp.where(index <= index[:, None], x[..., None, :], 0), axis=-1, dtype=jnp.int32)
+    before = (index[None] <= index[:, None]).reshape(*(1,) * (x.ndim - 1), size, size)
+    return jnp.sum(jnp.where(before, x[..., None, :], 0), axis=-1, dtype=jnp.int32)
+
+
+def count_at_most(
+    sorted_values: Int32[Array, "N"], x: Int32[Array, "*X"], *, largest: int = 1 << 20
+) -> Int32[Array, "*X"]:
+    """How many of N ascending values are at most x: one masked reduction where that is little work, else a search."""
+    if sorted_values.size * x.size > largest:
+        return jnp.searchsorted(sorted_values, x, side="right", method="scan_unrolled").astype(jnp.int32)
+    values = sorted_values.reshape(*(1,) * x.ndim, -1)
+    return jnp.sum(values <= x[..., None], axis=-1, dtype=jnp.int32)
 
 
 def add_references(
@@ -138,7 +149,7 @@ def touch(
     """The entries that at most `max_query_len` new tokens a row fall into."""
     max_pages = block_tables.shape[1]
     num_columns = min(max_pages, (max_query_len + page_size - 2) // page_size + 1)
-    columns = (seq_lens // page_size)[:, None] + jnp.arange(num_columns, dtype=jnp.int32)
+    columns = (seq_lens // page_size)[:, None] + jnp.arange(num_columns, dtype=jnp.int32)[None]
     end = cdiv(seq_lens + query_lens, page_size)
     active = (columns < end[:, None]) & (query_lens > 0)[:, None]
     pages = jnp.take_along_axis(block_tables, jnp.minimum(columns, max_pages - 1), axis=1)
@@ -271,16 +282,20 @@ def place_tokens(
     query_starts: Int32[Array, "B"],
     query_lens: Int32[Array, "B"],
     first_positions: Int32[Array, "B"],
+    *,
     num_tokens: int,
+    max_query_len: int | None,
 ) -> tuple[Int32[Array, "T"], Int32[Array, "T"]]:
-    """Row and position of each of the step's flattened tokens; row B and position 0 where a token belongs to none."""
+    """Row and position of each of the step's flattened tokens; row B and position 0 where a token belongs to none.
+
+    `max_query_len` is given for a row-aligned step, whose rows have so many places each.
+    """
     num_rows = query_starts.shape[0]
     tokens = jnp.arange(num_tokens, dtype=jnp.int32)
-    # Starts never fall, and a row without tokens has no place between its neighbours: the last row that starts at or
-    # before a token is its only candidate once rows without tokens are moved out of the way.
-    starts = jnp.where(query_lens > 0, query_starts, INT32_MAX)
-    begun = starts[None, :] <= tokens[:, None]
-    row = jnp.max(jnp.where(begun, jnp.arange(num_rows, dtype=jnp.int32), -1), axis=1)
+    if max_query_len is None:  # the last row that starts at or before a token: starts never fall
+        row = count_at_most(query_starts, tokens) - 1
+    else:
+        row = tokens // max_query_len
     at = jnp.maximum(row, 0)
     offset = tokens - query_starts[at]
     inside = (row >= 0) & (offset < query_lens[at])

@@ -1,7 +1,7 @@
 """The public contract: functions from a cache (and arrays) to a new cache.
 
-Imports `_quantize`, `_types`, `_checks`, `_allocator` and `ops`. But for the scales that `init` is given, nothing here
-reads a value on the host, and nothing raises because of what values are.
+But for the scales that `init` is given, nothing here reads a value on the host, and nothing raises because of what
+values are.
 
 Every function is jitted on its own, so that an eager call is one compiled program; inside a caller's jit it is part of
 that one. Pools change in place where the caller's jit donates them.
@@ -86,7 +86,9 @@ def init(
         counts = jnp.zeros(num_pages, jnp.int32)
         groups.append(GroupCache(Pages(k, v), tables, counts, group.sliding_window, group.query_group))
         first += group.num_layers
-    return PagedKVCache(jnp.zeros(B, jnp.int32), tuple(groups), jnp.zeros(B, jnp.int32))
+    return PagedKVCache(
+        jnp.zeros(B, jnp.int32), tuple(groups), jnp.zeros(B, jnp.int32), jnp.zeros(2, jnp.uint32)
+    )
 
 
 def page_shapes(config: CacheConfig) -> tuple[Pages, ...]:
@@ -177,17 +179,8 @@ def extend(
     FlashAttention's variable-length interface.
     """
     _checks.instance("cache", cache, PagedKVCache)
-    if num_tokens is None and max_query_len is None:
-        raise ValueError(
-            "extend: give num_tokens (packed), max_query_len (row-aligned) or both (packed, short rows)"
-        )
     query_lens = _checks.int_array("query_lens", query_lens, "B", B=cache.max_seqs)
-    if num_tokens is not None:
-        num_tokens = _checks.static_int("num_tokens", num_tokens, minimum=1)
-        if (num_tokens + 1) * cache.max_seqs > INT32_MAX:
-            raise ValueError(f"num_tokens: {num_tokens} tokens × {cache.max_seqs} rows overflow int32")
-    if max_query_len is not None:
-        max_query_len = _checks.static_int("max_query_len", max_query_len, minimum=1)
+    num_tokens, max_query_len = _checks.step_size(num_tokens, max_query_len, cache.max_seqs)
     return _extend(cache, query_lens, num_tokens, max_query_len, implementation)
 
 
@@ -220,7 +213,9 @@ def _extend(
     seq_lens = old_lens + lens
     total = num_tokens if num_tokens is not None else B * most
     packed = num_tokens is not None
-    rows, positions = _allocator.place_tokens(request.query_starts, lens, old_lens, total)
+    rows, positions = _allocator.place_tokens(
+        request.query_starts, lens, old_lens, num_tokens=total, max_query_len=None if packed else most
+    )
     token_shape = (total,) if packed else (B, most)
 
     groups, slot_mapping, plans = [], [], []
@@ -264,6 +259,8 @@ def _extend(
         slot_mapping=tuple(slot_mapping),
         block_tables=tuple(jnp.copy(g.block_tables) for g in groups),
         plans=tuple(plans),
+        page_size=S,
+        num_pages=tuple(g.ref_counts.shape[-1] for g in groups),
         max_query_len=most,
     )
     return dataclasses.replace(cache, seq_lens=seq_lens, groups=tuple(groups)), step
@@ -278,7 +275,7 @@ def locate(cache: PagedKVCache, layer: Layer) -> tuple[int, int | jax.Array]:
         group = _checks.static_int("layer's group", group, minimum=0)
         if group >= len(cache.groups):
             raise ValueError(f"layer: group must be below {len(cache.groups)}, got {group}")
-        if isinstance(index, (int, np.integer)):
+        if isinstance(index, (int, np.integer)) and not isinstance(index, bool):
             num_layers = cache.groups[group].pages.k.shape[0]
             if not 0 <= index < num_layers:
                 raise ValueError(f"layer: index must be in [0, {num_layers}) in group {group}, got {index}")
@@ -297,6 +294,21 @@ def locate(cache: PagedKVCache, layer: Layer) -> tuple[int, int | jax.Array]:
         index -= num_layers
     total = sum(g.pages.k.shape[0] for g in cache.groups)
     raise ValueError(f"layer: must be in [0, {total}), got {layer}")
+
+
+def check_step(cache: PagedKVCache, step: Step) -> None:
+    """Refuses a step that was made for a cache of another shape: its slots are those of other rows here."""
+    _checks.instance("step", step, Step)
+    made_for = step.seq_lens.shape[-1], step.block_tables[0].shape[-1], step.page_size, step.num_pages
+    num_pages = tuple(g.ref_counts.shape[-1] for g in cache.groups)
+    given = cache.max_seqs, cache.max_pages_per_seq, cache.page_size, num_pages
+    if made_for != given:
+        names = "max_seqs", "max_pages_per_seq", "page_size", "num_pages of each group"
+        wanted, got = (
+            ", ".join(f"{name}={value}" for name, value in zip(names, sizes, strict=True))
+            for sizes in (given, made_for)
+        )
+        raise ValueError(f"step: expected the step of a cache with {wanted}, got one made for {got}")
 
 
 def _flatten_tokens(name: str, x: Any, step: Step, dims: str, **sizes: int) -> jax.Array:
@@ -320,7 +332,8 @@ def append(
 
     Args:
       cache: the cache, after `extend`.
-      layer: a Python int that counts through the groups, or (group, index) with an index that may be traced.
+      layer: a Python int that counts through the groups, or (group, index) with an index that may be traced. A traced
+        index outside the group's layers names none: nothing is written, and `attend` gives zeros.
       k, v: [T, K, D] and [T, K, Dv] in a packed step, [B, Q, K, D] and [B, Q, K, Dv] in a row-aligned one; cast to the
         pages' dtype, or quantised. v is None where the group stores no values.
       step: from the `extend` before.
@@ -343,7 +356,7 @@ def append(
       [[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
     """
     _checks.instance("cache", cache, PagedKVCache)
-    _checks.instance("step", step, Step)
+    check_step(cache, step)
     group, index = locate(cache, layer)
     pages = cache.groups[group].pages
     _, _, K, _, D = pages.k.shape
@@ -395,7 +408,8 @@ def attend(
       step: from the `extend` before.
       sm_scale, soft_cap, sinks, causal: see `ops.paged_attention`.
       sliding_window: tokens a query sees, itself included; None takes the group's. A wider one than the group's is
-        refused, since pages left of the group's window are gone.
+        refused, since pages left of the group's window are gone; in a JAX array, which may be traced, it is cut to the
+        group's, and one below 1 sees nothing.
       implementation: see `paxcache.ops`.
 
     Returns:
@@ -417,7 +431,7 @@ def attend(
     Reference: PagedAttention (Kwon et al., 2023).
     """
     _checks.instance("cache", cache, PagedKVCache)
-    _checks.instance("step", step, Step)
+    check_step(cache, step)
     group, index = locate(cache, layer)
     state = cache.groups[group]
     flat = _flatten_tokens("q", q, step, "H D", D=state.pages.k.shape[-1])
@@ -425,9 +439,11 @@ def attend(
     window = state.sliding_window
     if sliding_window is not None:
         own = _checks.window("sliding_window", sliding_window)
-        if isinstance(own, int) and window is not None and own > window:
+        if not isinstance(own, int):
+            own, plan = jnp.clip(own, 0, INT32_MAX if window is None else window), None
+        elif window is not None and own > window:
             raise ValueError(f"sliding_window: the group keeps {window} tokens, got {own}")
-        if not (isinstance(own, int) and own == window):
+        elif own != window:
             plan = None
         window = own
     out = ops.paged_attention(
@@ -521,14 +537,14 @@ def reorder(cache: PagedKVCache, parents: Int32[Array, "B"]) -> PagedKVCache:
 
     Args:
       cache: the cache.
-      parents: i32[B]; -1 empties a row, a row that names itself stays, and so does one that names no row at all
-        (below -1, or B and more).
+      parents: i32[B]; -1 empties a row, and a row that names itself stays. Numbers of no row (below -1, or B and more)
+        are refused where they lie on the host; in a JAX array, whose values may be traced, they leave the row as it is.
 
     Returns:
       The cache; pages of rows that nobody names are freed.
 
     Raises:
-      ValueError, TypeError: an argument's shape or type is wrong.
+      ValueError, TypeError: an argument's shape or type is wrong, or parents on the host name no row.
 
     Example:
       >>> import jax.numpy as jnp, paxcache
@@ -541,7 +557,12 @@ def reorder(cache: PagedKVCache, parents: Int32[Array, "B"]) -> PagedKVCache:
     Reference: beam search of PagedAttention (Kwon et al., 2023).
     """
     _checks.instance("cache", cache, PagedKVCache)
-    return _integers_only(_reorder, cache, _checks.int_array("parents", parents, "B", B=cache.max_seqs))
+    checked = _checks.int_array("parents", parents, "B", B=cache.max_seqs)
+    if not isinstance(parents, jax.Array):
+        wrong = [p for p in np.asarray(parents).tolist() if not -1 <= p < cache.max_seqs]
+        if wrong:
+            raise ValueError(f"parents: expected rows in [0, {cache.max_seqs}) or -1, got {wrong[0]}")
+    return _integers_only(_reorder, cache, checked)
 
 
 @jax.jit
@@ -559,7 +580,7 @@ def _share(cache: PagedKVCache, parents: Int32[Array, "B"]) -> PagedKVCache:
         counts = _allocator.remap(group.block_tables, group.ref_counts, tables)
         groups.append(dataclasses.replace(group, block_tables=tables, ref_counts=counts))
     seq_lens, epochs = (jnp.where(empty, 0, x[at]) for x in (cache.seq_lens, row_epochs(cache)))
-    return PagedKVCache(seq_lens, tuple(groups), epochs)
+    return dataclasses.replace(cache, seq_lens=seq_lens, groups=tuple(groups), epochs=epochs)
 
 
 def truncate(cache: PagedKVCache, seq_lens: Int32[Array, "B"]) -> PagedKVCache:

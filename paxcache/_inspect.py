@@ -1,4 +1,4 @@
-"""Reading a cache: dense copies, statistics, the check of its invariants. Imports `_cache` and what is below it."""
+"""Reading a cache: dense copies, statistics, the check of its invariants."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from paxcache import _checks, _quantize
 from paxcache._cache import Layer, locate
+from paxcache._state import state
 from paxcache._types import NO_PAGE, InvariantError, PagedKVCache
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def _gather_dense(cache, group, index, max_len):
     num_columns = min(M, -(-max_len // S))
     tables = state.block_tables[:, :num_columns]
     positions = jnp.arange(num_columns * S, dtype=jnp.int32).reshape(num_columns, S)
-    stored = (tables >= 0)[:, :, None] & (positions < cache.seq_lens[:, None, None])
+    stored = (tables >= 0)[:, :, None] & (positions[None] < cache.seq_lens[:, None, None])
 
     def dense(pool):
         if pool is None:
@@ -74,13 +75,12 @@ def _gather_dense(cache, group, index, max_len):
     return dense(state.pages.k), dense(state.pages.v)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@state
 class Stats:
     """How full a cache is: all groups together unless said otherwise. Made by `stats`, also under jit."""
 
-    num_tokens: Int32[Array, ""]
-    """Sum of the rows' lengths."""
+    seq_lens: Int32[Array, "B"]
+    """Length of each row."""
     num_free_pages: Int32[Array, ""]
     num_used_pages: Int32[Array, ""]
     """Pages with a reference, from rows or from outside."""
@@ -94,6 +94,11 @@ class Stats:
     """Bytes of a page with all its layers, in each group."""
     pool_bytes: int = dataclasses.field(metadata={"static": True})
     """Bytes of all pages, free ones too: what the cache reserves."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Sum of the rows' lengths, which int32 need not hold; read on the host."""
+        return int(np.asarray(self.seq_lens).sum(dtype=np.int64))
 
     @property
     def used_bytes(self) -> int:
@@ -131,7 +136,7 @@ def stats(cache: PagedKVCache) -> Stats:
 def _stats(cache):
     S = cache.page_size
     starts = jnp.arange(cache.max_pages_per_seq, dtype=jnp.int32) * S
-    held = jnp.clip(cache.seq_lens[:, None] - starts, 0, S)  # tokens in each entry
+    held = jnp.clip(cache.seq_lens[:, None] - starts[None], 0, S)  # tokens in each entry
     used, shared, free, mapped_slots, empty_slots = [], 0, 0, 0, 0
     for group in cache.groups:
         P = group.ref_counts.shape[0]
@@ -142,10 +147,10 @@ def _stats(cache):
         used.append((group.ref_counts > 0).sum(dtype=jnp.int32))
         free += P - used[-1]
         shared += (group.ref_counts > 1).sum(dtype=jnp.int32)
-        mapped_slots += S * (fill >= 0).sum(dtype=jnp.float32)
-        empty_slots += jnp.where(fill >= 0, S - fill, 0).sum(dtype=jnp.float32)
+        mapped_slots += (S * (fill >= 0).sum(dtype=jnp.int32)).astype(jnp.float32)
+        empty_slots += jnp.where(fill >= 0, S - fill, 0).sum(dtype=jnp.int32).astype(jnp.float32)
     return {
-        "num_tokens": cache.seq_lens.sum(dtype=jnp.int32),
+        "seq_lens": jnp.copy(cache.seq_lens),  # shares no buffer with a cache that is donated
         "num_free_pages": free,
         "num_used_pages": sum(used),
         "num_shared_pages": shared,
@@ -157,8 +162,10 @@ def _stats(cache):
 def check(cache: PagedKVCache, *, held: Any = None) -> None:
     """Verifies every invariant on the host, for tests and debugging. Reads the tables, never the pages.
 
-    Lengths lie in what a row can hold; table entries name pages, none twice in a row; every token that its group's
-    window lets the next query see has a page; each page's count equals the references by tables plus those of `held`.
+    Lengths lie in what a row can hold; table entries name pages, none twice in a row; every token has a page; each
+    page's count equals the references by tables plus those of `held`. In a group with a window, pages may be missing
+    from the left: those that the next query does not see, and, since `truncate` may roll a row back to where the window
+    has freed pages, more.
 
     Args:
       cache: the cache, not traced.
@@ -207,10 +214,10 @@ def check(cache: PagedKVCache, *, held: Any = None) -> None:
             problems += [f"{where}row {b}: page {p} is mapped twice" for p in pages[times > 1]]
             first_seen = 0 if group.sliding_window is None else max(lens[b] - group.sliding_window + 1, 0)
             columns = np.arange(first_seen // S, min(-(-lens[b] // S), M))
-            problems += [
-                f"{where}row {b}: entry {m} holds visible tokens but maps no page"
-                for m in columns[row[columns] == P]
-            ]
+            missing = columns[row[columns] == P]
+            if group.sliding_window is not None:  # a rollback deeper than the window leaves none on the left
+                missing = missing[missing > np.min(columns[row[columns] < P], initial=M)]
+            problems += [f"{where}row {b}: entry {m} holds visible tokens but maps no page" for m in missing]
         references = np.bincount(mapped.reshape(-1), minlength=P + 1)[:P] + outside
         for p in np.flatnonzero(references != counts):
             problems.append(f"{where}page {p}: count is {counts[p]}, but {references[p]} references exist")

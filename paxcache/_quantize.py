@@ -1,6 +1,6 @@
 """Quantised pages: the formats, their arithmetic, and the pools that hold values with their scales.
 
-Imports JAX alone. A stored value stands for ``value * scale`` with a float32 scale. Scales lie beside the values in the
+A stored value stands for ``value * scale`` with a float32 scale. Scales lie beside the values in the
 pages and lead with ``[L, P]`` like every leaf, so whatever moves a page moves them too. There are two kinds:
 
 - *per token and head*, ``[L, P, K, S]``: computed from each key or value as it is written;
@@ -15,12 +15,12 @@ Reference: KIVI (Liu et al., 2024) for scales of single tokens; the fp8 caches o
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+
+from paxcache._state import state
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32, Shaped
@@ -53,8 +53,7 @@ BY_DTYPE = {form.dtype: form for form in FORMATS.values()}
 """A pool's format, which the dtype of its values tells."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@state
 class QuantizedPages:
     """A pool of quantised keys or values. Stands where an array of pages does.
 

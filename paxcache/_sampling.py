@@ -8,6 +8,7 @@ There is no sort: sorting a vocabulary costs more, and "how much lies above t" i
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from jax.core import Tracer
 from paxcache import _checks
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Float32, Int32, Num
+    from jaxtyping import Array, Bool, Float, Float32, Int32, Num, UInt32
 
 _INT32 = np.iinfo(np.int32)
 
@@ -42,8 +43,11 @@ class Sampling:
       repetition_penalty: divides positive and multiplies negative logits of tokens that stand in the prompt or
         were generated; 1 changes nothing.
 
+    Temperature and repetition penalty are finite. A value that is traced cannot be refused: out of its range, or NaN,
+    it counts as the default.
+
     Raises:
-      ValueError: a value is out of its range (checked where the value is known, not when traced).
+      ValueError: a known value is out of its range, in float32.
       TypeError: a value is no number.
 
     Example:
@@ -63,11 +67,21 @@ class Sampling:
 
     def __post_init__(self):
         """Checks the values that are known."""
-        _check_range("temperature", self.temperature, lambda x: x >= 0, "at least 0")
-        _check_range("top_k", self.top_k, lambda x: x >= 0, "at least 0", integer=True)
-        _check_range("top_p", self.top_p, lambda x: (x > 0) & (x <= 1), "above 0 and at most 1")
-        _check_range("min_p", self.min_p, lambda x: (x >= 0) & (x <= 1), "between 0 and 1")
-        _check_range("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "above 0")
+        for field in dataclasses.fields(self):
+            _read(field.name, getattr(self, field.name))
+
+
+_TINY = np.finfo(np.float32).tiny  # a processor may take a smaller number for 0
+
+_MOST_TEMPERATURE = 2.0**126  # the reciprocal of a larger one may be taken for 0
+
+_RANGES: dict[str, tuple[Any, str]] = {
+    "temperature": (lambda x: (x >= 0) & (x < np.inf), "at least 0 and finite"),
+    "top_k": (lambda x: x >= 0, "at least 0"),
+    "top_p": (lambda x: (x > 0) & (x <= 1), "above 0 and at most 1"),
+    "min_p": (lambda x: (x >= 0) & (x <= 1), "between 0 and 1"),
+    "repetition_penalty": (lambda x: (x >= _TINY) & (x < np.inf), "above 0 and finite"),
+}
 
 
 class Rules(NamedTuple):
@@ -88,48 +102,54 @@ class Rules(NamedTuple):
         return jax.tree.map(lambda values: values[prompts], self)
 
 
-def _check_range(name: str, value: Any, valid: Any, expected: str, *, integer: bool = False) -> None:
-    if isinstance(value, Tracer):
-        return
-    known = np.asarray(value)
-    kind = np.integer if integer else np.number
-    if not np.issubdtype(known.dtype, kind) and not (
-        jnp.issubdtype(known.dtype, jnp.floating) and not integer
-    ):
-        raise TypeError(f"Sampling: {name} must be {'an integer' if integer else 'a number'}, got {value!r}")
-    if not np.all(valid(known)):
-        raise ValueError(f"Sampling: {name} must be {expected}, got {value!r}")
+def _read(name: str, value: Any) -> np.ndarray | jax.Array:
+    """A field of `Sampling` as int32 or float32, of any shape. Known values are in its range."""
+    title = f"sampling.{name}"
+    values = _checks.integers(title, value) if name == "top_k" else _floats(title, value)
+    valid, expected = _RANGES[name]
+    if not isinstance(values, Tracer) and not np.all(valid(np.asarray(values))):
+        raise ValueError(f"{title}: expected values {expected}, got {value!r}")
+    return values
 
 
-def per_prompt(name: str, value: Any, num_prompts: int, dtype: Any) -> Num[Array, "N"]:
-    """A number or an array [N] as an array [N]."""
-    array = jnp.asarray(value)
-    if array.ndim == 0:
-        array = jnp.broadcast_to(array, (num_prompts,))
-    if array.shape != (num_prompts,):
+def _floats(name: str, value: Any) -> np.ndarray | jax.Array:
+    """float32 values of any shape, on the host where they are known there."""
+    try:
+        values = value if isinstance(value, Tracer) else np.asarray(value)
+    except jax.errors.TracerArrayConversionError:  # a list with traced numbers
+        values = jnp.asarray(value)
+    except ValueError as error:  # lists of unequal lengths
+        raise ValueError(f"{name}: expected a number or an array [N], got {value!r}") from error
+    if not (jnp.issubdtype(values.dtype, jnp.floating) or jnp.issubdtype(values.dtype, jnp.integer)):
+        raise TypeError(f"{name}: expected numbers, got {_checks.describe(value)}")
+    with np.errstate(over="ignore"):  # to inf, which no range has
+        return values.astype(np.float32)
+
+
+def per_prompt(name: str, values: np.ndarray | jax.Array, num_prompts: int) -> np.ndarray | jax.Array:
+    """One value for all prompts, or an array [N], as an array [N]; on the host where it is known there."""
+    if values.shape not in ((), (num_prompts,)):
         raise ValueError(
-            f"{name}: expected a number or an array [N={num_prompts}], got {_checks.describe(array)}"
+            f"{name}: expected a number or an array [N={num_prompts}], got {_checks.describe(values)}"
         )
-    if jnp.issubdtype(dtype, jnp.integer) and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name}: expected integers, got {_checks.describe(array)}")
-    return array.astype(dtype)
+    broadcast = jnp.broadcast_to if isinstance(values, jax.Array) else np.broadcast_to
+    return broadcast(values, (num_prompts,))
 
 
 def resolve(sampling: Sampling, num_prompts: int) -> Rules:
     """The rules of `num_prompts` prompts, without the features that are neutral for all of them."""
-
-    def used(value: Any, neutral: Any) -> bool:
-        return isinstance(value, Tracer) or bool(np.any(np.asarray(value) != neutral))
-
-    values = {}
+    arrays: dict[str, Any] = {}
     for field in dataclasses.fields(Sampling):
-        value = getattr(sampling, field.name)
-        dtype = jnp.int32 if field.name == "top_k" else jnp.float32
-        array = per_prompt(f"sampling.{field.name}", value, num_prompts, dtype)
-        values[field.name] = array if used(value, field.default) else None
-    if values["temperature"] is None:  # the most likely token passes every filter
-        return Rules(repetition_penalty=values["repetition_penalty"])
-    return Rules(**values)
+        name, neutral = field.name, field.default
+        values = per_prompt(f"sampling.{name}", _read(name, getattr(sampling, name)), num_prompts)
+        if isinstance(values, Tracer):
+            valid, _ = _RANGES[name]
+            arrays[name] = jnp.where(valid(values), values, jnp.asarray(neutral, values.dtype))
+        else:
+            arrays[name] = None if np.all(np.asarray(values) == neutral) else jnp.asarray(values)
+    if arrays["temperature"] is None:  # the most likely token passes every filter
+        return Rules(repetition_penalty=arrays["repetition_penalty"])
+    return Rules(**arrays)
 
 
 def penalize_repetition(
@@ -191,24 +211,47 @@ def keep(logits: Float32[Array, "R V"], rules: Rules) -> Bool[Array, "R V"] | No
     return kept | (keys == keys.max(axis=1, keepdims=True))
 
 
+_GENERATOR = "threefry2x32"  # its numbers do not change under vmap, whatever jax_default_prng_impl says
+
+
+@jax.jit
+def seed_keys(seeds: Int32[Array, "N"]) -> UInt32[Array, "N 2"]:
+    """The raw key of each seed."""
+    return jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed, impl=_GENERATOR)))(seeds)
+
+
+@functools.partial(jax.jit, static_argnames="num")
+def fold_keys(key: Any, num: int) -> UInt32[Array, "N 2"]:
+    """The raw keys ``fold_in(key, n)``. Those of other generators have more than two words; the rest is folded in."""
+
+    def fold(n):
+        words = jax.random.key_data(jax.random.fold_in(key, n))
+        folded = jax.random.wrap_key_data(words[:2], impl=_GENERATOR)
+        for word in words[2:]:
+            folded = jax.random.fold_in(folded, word)
+        return jax.random.key_data(folded)
+
+    return jax.vmap(fold)(jnp.arange(num, dtype=jnp.int32))
+
+
 def sample(
     logits: Float[Array, "R V"],
     rules: Rules,
     *,
-    seeds: Int32[Array, "R"],
+    keys: UInt32[Array, "R 2"] | None,
     positions: Int32[Array, "R"],
     tokens: Int32[Array, "R W"] | None = None,
     num_tokens: Int32[Array, "R"] | None = None,
 ) -> Int32[Array, "R"]:
     """One token a row.
 
-    A row's random numbers come from its seed and the position of the token to be, and from nothing else: not from
+    A row's random numbers come from its key and the position of the token to be, and from nothing else: not from
     its neighbours, its place in the batch, or when it runs.
 
     Args:
       logits: any float dtype.
       rules: those of the rows, arrays [R].
-      seeds: one a row.
+      keys: one a row, from `seed_keys` or `fold_keys`; None will do where no row has a temperature.
       positions: where each new token will stand in its sequence.
       tokens, num_tokens: each row's prompt and generated tokens, for the repetition penalty.
     """
@@ -219,18 +262,33 @@ def sample(
     if rules.temperature is None:  # argmax needs no float32: widening changes no order
         return jnp.argmax(logits, axis=1).astype(jnp.int32)
 
-    def noise(seed, position):
-        # A fixed generator whose numbers do not change under vmap, whatever jax_default_prng_impl says.
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+    assert keys is not None
+
+    def noise(key, position):
+        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl=_GENERATOR), position)
         return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
 
-    random = (rules.temperature > 0)[:, None]
-    tempered = logits.astype(jnp.float32) / jnp.where(random, rules.temperature[:, None], 1)
+    logits = logits.astype(jnp.float32)
+    # Masked tokens stay masked: -inf times 0 would be NaN. Where the quotients overflow, a temperature is as good as 0.
+    temperature = jnp.minimum(rules.temperature, _MOST_TEMPERATURE)
+    most = logits.max(axis=1) / jnp.where(temperature > 0, temperature, 1)
+    random = ((temperature > 0) & jnp.isfinite(most))[:, None]
+    tempered = logits / jnp.where(random, temperature[:, None], 1)
     kept = keep(tempered, rules)
-    scores = jnp.where(random, tempered + jax.vmap(noise)(seeds, positions), tempered)
+    scores = jnp.where(random, tempered + jax.vmap(noise)(keys, positions), tempered)
     if kept is not None:
         scores = jnp.where(kept, scores, -jnp.inf)
     return jnp.argmax(scores, axis=1).astype(jnp.int32)
+
+
+def is_distribution(logits: Float[Array, "R V"], rules: Rules, chosen: Int32[Array, "R"]) -> Bool[Array, "R"]:
+    """Whether a row's logits say anything: none is NaN or +inf, and not all are -inf. `chosen` is `sample`'s answer."""
+    if rules.temperature is None and rules.repetition_penalty is None:
+        # The argmax, which takes NaN before all numbers: one number a row instead of a pass over all.
+        most = jnp.take_along_axis(logits, chosen[:, None], axis=1)[:, 0]
+    else:
+        most = logits.max(axis=1)
+    return jnp.isfinite(most)
 
 
 def log_probability(logits: Float[Array, "R V"], tokens: Int32[Array, "R"]) -> Float32[Array, "R"]:

@@ -1,4 +1,4 @@
-"""The legend, the configuration and the states. Imports `_quantize`.
+"""The legend, the configuration and the states.
 
 Axis letters, used in every docstring of the library:
 
@@ -20,22 +20,27 @@ import enum
 import functools
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from paxcache._quantize import FORMATS
+from paxcache._state import brief, state
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Int32
+    from jaxtyping import Array, Bool, Int32, UInt32
 
     from paxcache._quantize import Quantization, Scales
 
 NO_PAGE = -1
 """Marks a table entry that maps no page. It stands in stored tables only and is masked before any indexing."""
 
-INT32_MAX = np.iinfo(np.int32).max
+INT32_MAX = int(np.iinfo(np.int32).max)
+
+
+def longest_row(page_size: int) -> int:
+    """The most tokens that a row may have room for: rounded up to pages, or to a kernel's tiles, they fit int32."""
+    return INT32_MAX - max(page_size, 1024)
 
 
 class Status(enum.IntEnum):
@@ -62,12 +67,35 @@ class InvariantError(RuntimeError):
     """A cache breaks one of its invariants (raised by `check`)."""
 
 
-def _require_positive_int(owner: str, **values: Any) -> None:
-    for name, value in values.items():
+def _set_ints(config: Any, *names: str, minimum: int = 1, optional: bool = False) -> None:
+    """Checks sizes, and stores NumPy's integers as Python's; `optional` ones may be None."""
+    owner = type(config).__name__
+    for name in names:
+        value = getattr(config, name)
+        if value is None and optional:
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
+        if not minimum <= value <= INT32_MAX:
+            raise ValueError(f"{owner}: {name} must be at least {minimum} and fit int32, got {value}")
+        object.__setattr__(config, name, int(value))
+
+
+def _set_dtype(config: Any) -> None:
+    """Stores the dtype in the one form whose equality and hash agree."""
+    owner = type(config).__name__
+    try:
+        dtype = jnp.dtype(config.dtype)
+    except TypeError as error:
+        raise TypeError(f"{owner}: dtype must be a dtype, got {config.dtype!r}") from error
+    object.__setattr__(config, "dtype", dtype)
+
+
+def _set_v_head_dim(config: Any) -> None:
+    """Stores None for values as wide as keys, however that was said."""
+    _set_ints(config, "v_head_dim", minimum=0, optional=True)
+    if config.v_head_dim == config.head_dim:
+        object.__setattr__(config, "v_head_dim", None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,32 +135,17 @@ class LayerGroup:
     num_heads: int | None = None
 
     def __post_init__(self):
-        """Checks the arguments and brings dtype and v_head_dim to one form, so that equal groups compare equal."""
-        _require_positive_int(
-            "LayerGroup", num_layers=self.num_layers, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
-        )
-        if self.v_head_dim is None:
-            object.__setattr__(self, "v_head_dim", self.head_dim)
-        elif self.v_head_dim != 0:
-            _require_positive_int("LayerGroup", v_head_dim=self.v_head_dim)
-        if self.sliding_window is not None:
-            _require_positive_int("LayerGroup", sliding_window=self.sliding_window)
-        if self.num_pages is not None:
-            _require_positive_int("LayerGroup", num_pages=self.num_pages)
-        if self.num_heads is not None:
-            _require_positive_int("LayerGroup", num_heads=self.num_heads)
-            if self.num_heads % self.num_kv_heads:
-                raise ValueError(
-                    f"LayerGroup: num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, "
-                    f"got {self.num_heads}"
-                )
-        try:
-            dtype = jnp.dtype(self.dtype)
-        except TypeError as error:
-            raise TypeError(f"LayerGroup: dtype must be a dtype, got {self.dtype!r}") from error
-        if dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
-            raise ValueError(f"LayerGroup: dtype must be float32, float16 or bfloat16, got {dtype}")
-        object.__setattr__(self, "dtype", dtype)
+        """Checks the arguments and brings each to one form, so that equal groups compare and hash equal."""
+        _set_ints(self, "num_layers", "num_kv_heads", "head_dim")
+        _set_ints(self, "sliding_window", "num_pages", "num_heads", optional=True)
+        _set_v_head_dim(self)
+        _set_dtype(self)
+        if self.num_heads is not None and self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"LayerGroup: num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, got {self.num_heads}"
+            )
+        if self.dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
+            raise ValueError(f"LayerGroup: dtype must be float32, float16 or bfloat16, got {self.dtype}")
         if self.scales not in ("per_token_head", "per_tensor"):
             raise ValueError(
                 f"LayerGroup: scales must be 'per_token_head' or 'per_tensor', got {self.scales!r}"
@@ -157,8 +170,7 @@ class LayerGroup:
     @property
     def value_dim(self) -> int:
         """Width of a stored value; 0 where none is stored."""
-        assert self.v_head_dim is not None  # set in __post_init__
-        return self.v_head_dim
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     def page_elements(self, page_size: int) -> int:
         """Elements of one page in all layers, keys and values."""
@@ -224,17 +236,13 @@ class CacheConfig:
     groups: tuple[LayerGroup, ...] = ()
 
     def __post_init__(self):
-        """Checks the arguments; the flat ones become the only group."""
-        _require_positive_int(
-            "CacheConfig",
-            page_size=self.page_size,
-            num_pages=self.num_pages,
-            max_seqs=self.max_seqs,
-            max_pages_per_seq=self.max_pages_per_seq,
-        )
+        """Checks the arguments and brings each to one form; the flat ones become the only group."""
+        _set_ints(self, "page_size", "num_pages", "max_seqs", "max_pages_per_seq")
+        _set_dtype(self)
+        _set_v_head_dim(self)
+        object.__setattr__(self, "groups", tuple(self.groups))
         defaults = {f.name: f.default for f in dataclasses.fields(CacheConfig)}
         if self.groups:
-            object.__setattr__(self, "groups", tuple(self.groups))
             for group in self.groups:
                 if not isinstance(group, LayerGroup):
                     raise TypeError(f"CacheConfig: groups must hold LayerGroup, got {group!r}")
@@ -247,15 +255,35 @@ class CacheConfig:
             missing = [n for n in ("num_layers", "num_kv_heads", "head_dim") if getattr(self, n) is None]
             if missing:
                 raise ValueError(f"CacheConfig: {', '.join(missing)} missing (or give groups)")
-        if self.max_pages_per_seq * self.page_size > INT32_MAX:
-            raise ValueError("CacheConfig: max_pages_per_seq * page_size must fit int32 (lengths are int32)")
-        for group in self.layer_groups:
-            num_pages = self.group_num_pages(group)
-            if num_pages * self.page_size > INT32_MAX:
+            _set_ints(self, "num_layers", "num_kv_heads", "head_dim")
+            _set_ints(self, "sliding_window", "num_heads", optional=True)
+        self._check_int32()
+
+    def _check_int32(self) -> None:
+        """Refuses sizes whose products int32 does not count: lengths, slots and ranks are int32."""
+        B, M, S = self.max_seqs, self.max_pages_per_seq, self.page_size
+        if longest_row(S) < M * S:
+            raise ValueError(
+                f"CacheConfig: max_pages_per_seq * page_size must be at most {longest_row(S)} (lengths are int32, and "
+                f"are rounded up to pages), got {M} * {S} = {M * S}"
+            )
+        if B * M > INT32_MAX:
+            raise ValueError(
+                "CacheConfig: max_seqs * max_pages_per_seq must fit int32 (pages are counted in int32), "
+                f"got {B} * {M} = {B * M}"
+            )
+        pages = [self.group_num_pages(group) for group in self.layer_groups]
+        for P in pages:
+            if P * S > INT32_MAX:
                 raise ValueError(
                     "CacheConfig: num_pages * page_size must fit int32 (slots are int32), "
-                    f"got {num_pages} * {self.page_size}"
+                    f"got {P} * {S} = {P * S}"
                 )
+        if sum(pages) > INT32_MAX:
+            raise ValueError(
+                "CacheConfig: num_pages of all groups together must fit int32, "
+                f"got {' + '.join(map(str, pages))} = {sum(pages)}"
+            )
 
     @functools.cached_property
     def layer_groups(self) -> tuple[LayerGroup, ...]:
@@ -316,6 +344,8 @@ class CacheConfig:
         per_page = sum(g.page_bytes(one.page_size) for g in sized)
         fixed = one.pool_bytes - per_page
         num_pages = min((memory_bytes - fixed) // per_page, INT32_MAX // one.page_size)
+        fixed_pages = sum(g.num_pages for g in one.layer_groups if g.num_pages is not None)
+        num_pages = min(num_pages, (INT32_MAX - fixed_pages) // len(sized))
         if num_pages < 1:
             raise ValueError(
                 f"CacheConfig.fit: memory_bytes must be at least {fixed + per_page} (one page), got {memory_bytes}"
@@ -323,8 +353,7 @@ class CacheConfig:
         return dataclasses.replace(one, num_pages=int(num_pages))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@state
 class Pages:
     """The pool of a layer group. Every leaf leads with ``[L, P]``; copies, offload and persistence know no more."""
 
@@ -334,8 +363,7 @@ class Pages:
     """[L, P, K, S, Dv] likewise; None where keys serve as values."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@state
 class GroupCache:
     """State of one layer group."""
 
@@ -349,8 +377,7 @@ class GroupCache:
     """Query heads of a KV head; None: not known."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@state
 class PagedKVCache:
     """A paged KV cache as a value: a pytree of arrays, never changed in place by any function that takes it.
 
@@ -361,7 +388,16 @@ class PagedKVCache:
     groups: tuple[GroupCache, ...]
     epochs: Int32[Array, "B"] | None = None
     """By row, 1 plus the epoch of the weights in which `prefix.admit` began it, which its forks inherit; 0: it was not
-    admitted. None, in a cache put together by hand: none was."""
+    admitted; below 0: a mark of its own until pages that it waits for have landed (`offload.begin_resume`). None, in a
+    cache put together by hand: none was."""
+    holdings: UInt32[Array, "2"] | None = None
+    """Opaque: a checksum of the pages that a prefix index holds, by which the two know each other. None, in a cache put
+    together by hand: nothing is checked."""
+
+    def __repr__(self) -> str:
+        """One line a group."""
+        rest = f"seq_lens={brief(self.seq_lens)}, epochs={brief(self.epochs)}"
+        return "\n".join([f"PagedKVCache({rest}, groups:", *(f"  {brief(g)}" for g in self.groups)]) + ")"
 
     @property
     def max_seqs(self) -> int:
@@ -379,8 +415,7 @@ class PagedKVCache:
         return self.groups[0].block_tables.shape[-1]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@state
 class Step:
     """What one forward pass needs: made once by `extend`, used by every layer.
 
@@ -409,6 +444,10 @@ class Step:
     """Per group, the tables to read."""
     plans: tuple[Any, ...]
     """Per group, the opaque work plan of the attention kernels (`ops.plan`)."""
+    page_size: int = dataclasses.field(metadata={"static": True})
+    """Token slots in a page of the cache that it was made for, S."""
+    num_pages: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    """Per group, the pages of that cache, P."""
     max_query_len: int = dataclasses.field(metadata={"static": True})
     """Most new tokens that a row can have."""
 

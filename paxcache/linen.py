@@ -1,6 +1,7 @@
-"""Paged attention for Flax Linen models. Imports Flax; nothing else of the library but `nnx` may.
+"""Paged attention for Flax Linen models.
 
     variables = model.init(key, tokens)                                    # layers of this module, with decode=True
+    config = paxcache.linen.cache_config(variables, num_pages=4096, max_seqs=64, max_pages_per_seq=512)
     variables = paxcache.linen.init_cache(variables, config)
     variables, step = paxcache.linen.extend(variables, query_lens, max_query_len=Q)     # once before each forward pass
     logits, cache = model.apply(variables, tokens, mutable=["cache"])      # [B, Q, ...], rows of different lengths
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -23,35 +24,28 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.linen.module import merge_param
 
-from paxcache import _cache, _checks, _forward
+from paxcache import _cache, _checks, _forward, _linen_state
+from paxcache._linen_state import STATE, Path, State, Variables
 from paxcache._types import CacheConfig, PagedKVCache, Step
 
 if TYPE_CHECKING:
     from flax.core import Scope
     from jaxtyping import Array, Float, Int32
 
-    from paxcache._cache import Layer
-
-type Path = tuple[str, ...]
-type Variables = Mapping[str, Any]
-
-_STATE = "paxcache"  # name of the variable that holds the state
-_LAYER = (
-    "paged_layer"  # what a layer leaves in model.init: an empty array [0, K, D], with its index if it has one
-)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _State:
-    """The one variable of a paged model."""
-
-    forward: _forward.Forward
-    calls: Int32[Array, ""] | None
-    """Where layers are scanned: how many of them took the step. None elsewhere."""
-    layers: tuple[tuple[Path, Layer], ...] = dataclasses.field(metadata={"static": True})
-    """Paths of the layers that found their index in `init_cache`."""
-    masks_are_causal: bool = dataclasses.field(metadata={"static": True})
+__all__ = [
+    "DenseCache",
+    "MultiHeadAttention",
+    "MultiHeadDotProductAttention",
+    "SelfAttention",
+    "attend",
+    "cache_config",
+    "extend",
+    "get_cache",
+    "init_cache",
+    "interceptor",
+    "model_fn",
+    "replace_cache",
+]
 
 
 # What a model is made of.
@@ -151,7 +145,7 @@ def attend(
     module: nn.Module,
     q: Float[Array, "B Q H D"],
     k: Float[Array, "B Q K D"],
-    v: Float[Array, "B Q K Dv"],
+    v: Float[Array, "B Q K Dv"] | None,
     **options: Any,
 ) -> Float[Array, "B Q H Dv"]:
     """Appends one layer's keys and values, then attends: what an attention module of your own calls.
@@ -160,7 +154,8 @@ def attend(
 
     Args:
       module: the calling module, ``self``. It stands for one layer of the cache.
-      q, k, v: [B, Q, heads, width] in a row-aligned step; [T, 1, ...] or [1, T, ...] in a packed one.
+      q, k, v: [B, Q, heads, width] in a row-aligned step; [T, 1, ...] or [1, T, ...] in a packed one. v is None where
+        the cache stores no values.
       **options: those of `paxcache.attend` (sm_scale, soft_cap, sliding_window, sinks, causal, implementation).
 
     Returns:
@@ -186,19 +181,18 @@ def attend(
       >>> out.shape
       (2, 5, 4, 8)
     """
+    _checks.instance("module", module, nn.Module)
     scope = _scope(module)
-    found = _find(scope)
+    found = _linen_state.find(scope)
     if found is None:
-        _announce(module, scope, _LAYER, k)
-        return jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
-    state: _State = found.get_variable("cache", _STATE)
-    layer, state = _take_layer(state, scope.path)
+        _announce(module, _linen_state.LAYER, q, k, v, options.get("sliding_window"))
+        return jnp.zeros((*q.shape[:-1], (k if v is None else v).shape[-1]), q.dtype)
+    state: State = found.get_variable("cache", STATE)
+    layer = state.layer_at(scope.path)
+    if "while_loop" in _linen_state.transformations():
+        raise ValueError(f"{_linen_state.name_of(scope.path)}: {_linen_state.REMEDIES['while_loop']}")
     forward, out = _forward.attend(state.forward, layer, q, k, v, **options)
-    found.put_variable("cache", _STATE, dataclasses.replace(state, forward=forward))
-    if (
-        state.calls is not None
-    ):  # more calls than layers cannot raise under a trace; they must not pass unseen
-        out = jnp.where(state.calls <= _forward.num_layers(forward.kv), out, jnp.nan)
+    found.put_variable("cache", STATE, dataclasses.replace(state, forward=forward))
     return out
 
 
@@ -252,17 +246,17 @@ class DenseCache(nn.Module):
         max_len = _checks.static_int("max_len", self.max_len, minimum=1)
         layer = _checks.static_int("layer", layer, minimum=0)
         scope = _scope(self)
-        found = _find(scope)
+        found = _linen_state.find(scope)
         if found is None:
-            _announce(self, scope, f"{_LAYER}_{layer}", k)
+            _announce(self, f"{_linen_state.LAYER}_{layer}", None, k, v, None)
             rows = k.shape[:-3]
             return (
                 jnp.zeros((*rows, max_len, *k.shape[-2:]), k.dtype),
                 jnp.zeros((*rows, max_len, *v.shape[-2:]), v.dtype),
             )
-        state: _State = found.get_variable("cache", _STATE)
+        state: State = found.get_variable("cache", STATE)
         forward, full = _forward.update_dense(state.forward, layer, k, v, max_len)
-        found.put_variable("cache", _STATE, dataclasses.replace(state, forward=forward))
+        found.put_variable("cache", STATE, dataclasses.replace(state, forward=forward))
         return full
 
 
@@ -275,46 +269,107 @@ def init_cache(
     *,
     scanned_in: Path | None = None,
     masks_are_causal: bool = False,
+    count_calls: bool = False,
 ) -> dict[str, Any]:
     """Puts a paged cache into the variables of a model.
 
-    Layers are known from `model.init`, which with decode=True leaves an empty array for each in the "cache" collection.
+    Layers are known from `model.init`, which with decode=True leaves the shape of each in the "cache" collection.
     They are numbered in the natural order of their paths (layer_2 before layer_10). For a checkpoint without a cache,
     ``{**jax.eval_shape(model.init, key, tokens), "params": params}`` has all that is needed.
 
     Args:
       variables: what `model.init` gave. Entries of "cache" that belong to other layers are kept.
-      config: a `CacheConfig` for a new cache, or a `PagedKVCache`; its layers must be as many as the model's.
+      config: a `CacheConfig` for a new cache (see `cache_config`), or a `PagedKVCache`; its layers must be as many as
+        the model's.
       scanned_in: path of the module whose layers run under ``nn.scan(..., variable_carry="cache")``; the scan then
         counts through the layers. All paged layers must lie in it.
       masks_are_causal: declares that masks which the model passes in decode are causal or padding masks, which paged
         attention applies by itself, so that they may be dropped. Otherwise a mask is an error.
+      count_calls: layers are counted as they are called: the n-th call of a pass is layer n of the cache. For layers
+        that share weights (ALBERT). Every pass must make the same calls in the same order. More calls than the cache
+        has layers give NaN. The step does not end by itself, as under a scan: see `replace_cache`.
 
     Returns:
       The variables with the cache.
 
     Raises:
-      ValueError: no layer was found, or layers and cache do not fit.
-      TypeError: config is of another type.
+      ValueError: no layer was found, layers and cache do not fit, or a transformation around a layer hides the cache.
+      TypeError: an argument is of another type.
 
     Example: see `MultiHeadDotProductAttention`.
     """
     _checks.instance("config", config, CacheConfig, PagedKVCache)
     kv = _cache.init(config) if isinstance(config, CacheConfig) else config
-    announced: dict[tuple[Path, int | None], Any] = {}
-    others = _without_layers(variables.get("cache", {}), (), announced)
+    others, announced = _linen_state.take_announced(variables)
     if scanned_in is not None:
+        path, layers = _linen_state.scanned_path(variables, scanned_in), ()
         if announced or len(kv.groups) != 1:
             raise ValueError(
                 "scanned_in: expected all paged layers under the scan and one layer group, got "
                 f"{len(announced)} layers elsewhere and {len(kv.groups)} groups"
             )
-        path, layers, calls = tuple(scanned_in), (), jnp.int32(0)
     else:
-        layers = _number_layers(announced, kv)
-        path, calls = _common_path([path for path, _ in announced]), None
-    state = _State(_forward.Forward(kv), calls, layers, masks_are_causal)
-    return {**variables, "cache": _put(others, path, state)}
+        layers = () if count_calls and announced else _linen_state.number_layers(announced, kv)
+        path = _linen_state.place_for(announced)
+    if count_calls or scanned_in is not None:
+        forward = _forward.counted(kv)
+        for (at, _), layer in announced.items():
+            _forward.check_layer(_linen_state.name_of(at), kv, 0, layer.shape)
+    else:
+        forward = _forward.Forward(kv)
+    return {**variables, "cache": _linen_state.put(others, path, State(forward, layers, masks_are_causal))}
+
+
+def cache_config(
+    variables: Variables,
+    *,
+    scanned_in: Path | None = None,
+    num_layers: int | None = None,
+    memory_bytes: int | None = None,
+    **arguments: Any,
+) -> CacheConfig:
+    """The `CacheConfig` of a model with paged layers, its layers read from what `model.init` gave.
+
+    Args:
+      variables: as `init_cache` takes them.
+      scanned_in: as in `init_cache`: the layers are those stock ones whose stacked parameters stand there.
+      num_layers: calls of paged layers in one forward pass, for count_calls. None: each layer is called once.
+      memory_bytes: bytes for the pools, in place of num_pages; see `CacheConfig.fit`.
+      **arguments: page_size, num_pages, max_seqs, max_pages_per_seq of `CacheConfig`; dtype, quantization and scales of
+        all layers. The dtype is otherwise that of the layer's keys, under a scan that of its parameters.
+
+    Returns:
+      A config with one layer group, or several where neighbouring layers differ.
+
+    Raises:
+      ValueError, TypeError: no layer was found, or an argument is wrong.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, paxcache.linen
+      >>> layer = paxcache.linen.MultiHeadDotProductAttention(num_heads=2, decode=True)
+      >>> variables = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((1, 1, 8)))
+      >>> config = paxcache.linen.cache_config(variables, num_pages=16, max_seqs=2, max_pages_per_seq=8)
+      >>> config.num_layers, config.num_kv_heads, config.head_dim, config.dtype.name
+      (1, 2, 4, 'float32')
+    """
+    _, announced = _linen_state.take_announced(variables)
+    if scanned_in is not None:
+        shapes = _linen_state.scanned_shapes(variables, _linen_state.scanned_path(variables, scanned_in))
+    else:
+        layers = _linen_state.in_order(announced)
+        layers.sort(key=lambda item: -1 if item[1] is None else item[1])  # indices of their own count
+        shapes = [layer.shape for _, _, layer in layers]
+    if not shapes:
+        raise ValueError(
+            "variables: no paged layer found; they must come from model.init with decode=True, and layers under "
+            "nn.scan need scanned_in and the stock layer's parameters"
+        )
+    if num_layers is not None:
+        num_layers = _checks.static_int("num_layers", num_layers, minimum=1)
+        if len(set(shapes)) > 1:
+            raise ValueError("num_layers: expected layers of one shape, which calls can count")
+        shapes = shapes[:1] * num_layers
+    return _forward.config_for(shapes, memory_bytes, arguments)
 
 
 def extend(
@@ -342,10 +397,10 @@ def extend(
 
     Example: see `MultiHeadDotProductAttention`.
     """
-    path, state = _locate(variables)
+    path, state = _linen_state.locate(variables)
     forward = _forward.begin(state.forward, query_lens, num_tokens=num_tokens, max_query_len=max_query_len)
     assert forward.step is not None
-    return _replace(variables, path, state, forward), forward.step
+    return _linen_state.replace(variables, path, state, forward), forward.step
 
 
 def get_cache(variables: Variables) -> PagedKVCache:
@@ -360,7 +415,7 @@ def get_cache(variables: Variables) -> PagedKVCache:
     Raises:
       ValueError: the variables hold none.
     """
-    return _locate(variables)[1].forward.kv
+    return _linen_state.locate(variables)[1].forward.kv
 
 
 def replace_cache(variables: Variables, cache: PagedKVCache) -> dict[str, Any]:
@@ -379,14 +434,9 @@ def replace_cache(variables: Variables, cache: PagedKVCache) -> dict[str, Any]:
     Raises:
       ValueError: the variables hold no cache.
     """
-    path, state = _locate(variables)
-    return _replace(variables, path, state, _forward.Forward(cache))
-
-
-def _call(model: Any, tokens: Array, step: Step, logits_at: Array) -> Array:
-    """A step's tokens as rows of one token, and the logits of those asked for."""
-    del step
-    return model(tokens[:, None])[logits_at, 0]
+    _checks.instance("cache", cache, PagedKVCache)
+    path, state = _linen_state.locate(variables)
+    return _linen_state.replace(variables, path, state, state.forward.without_step(cache))
 
 
 def model_fn(
@@ -394,10 +444,10 @@ def model_fn(
     variables: Variables,
     config: CacheConfig | None = None,
     *,
-    call: Callable[[Any, Array, Step, Array], Array] = _call,
+    call: Callable[[Any, Array, Step, Array], Array] = _forward.logits_of_rows_of_one,
     **options: Any,
 ) -> tuple[Callable[..., tuple[Array, PagedKVCache]], dict[str, Any]]:
-    """A model as the pure function that `paxcache.generate` runs.
+    """A model as the pure function that `paxcache.generate` runs. `paxcache.check_model` tells whether it is right.
 
     Args:
       model: a model with paged layers.
@@ -405,41 +455,44 @@ def model_fn(
       config: the cache that the function will be given; no pool is allocated for it here.
       call: (model, tokens i32[T], step, logits_at i32[N]) -> logits [N, V]: how to run the model on a packed step. The
         default calls ``model(tokens[:, None])`` and picks from its [T, 1, V]. Write your own for a model that takes
-        positions (``step.positions[:, None]``), or to compute the logits of `logits_at` only.
+        positions (``step.positions[:, None]``; one that makes them by ``arange(tokens.shape[1])`` would get zeros), or
+        to compute the logits of `logits_at` only.
       **options: those of `init_cache`, with config.
 
     Returns:
       ``fn(params, tokens, cache, step, logits_at) -> (logits, cache)`` and params, all variables but the cache.
 
     Raises:
-      ValueError: the variables hold no cache; or as `init_cache`.
+      ValueError, TypeError: the variables hold no cache; an argument is wrong; or as `init_cache`.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, paxcache, paxcache.linen
       >>> attention = paxcache.linen.MultiHeadDotProductAttention(num_heads=2, decode=True)
       >>> model = nn.Sequential([nn.Embed(10, 8), attention, nn.Dense(10)])
-      >>> config = paxcache.CacheConfig(num_layers=1, num_kv_heads=2, head_dim=4, num_pages=16, max_seqs=2,
-      ...                               max_pages_per_seq=8, dtype=jnp.float32)
       >>> variables = model.init(jax.random.key(0), jnp.array([[0]]))
+      >>> config = paxcache.linen.cache_config(variables, num_pages=16, max_seqs=2, max_pages_per_seq=8)
       >>> fn, params = paxcache.linen.model_fn(model, variables, config)
       >>> cache, step = paxcache.extend(paxcache.init(config), jnp.array([3, 1]), num_tokens=4)
       >>> logits, cache = fn(params, jnp.array([1, 2, 3, 4]), cache, step, jnp.array([2, 3]))
       >>> logits.shape
       (2, 10)
     """
+    _checks.instance("model", model, nn.Module)
+    if not callable(call):
+        raise TypeError(f"call: expected a function (model, tokens, step, logits_at), got {call!r}")
     if config is not None:
+        _checks.instance("config", config, CacheConfig)
         variables = init_cache(variables, jax.eval_shape(lambda: _cache.init(config)), **options)
     elif options:
         raise ValueError(f"model_fn: {', '.join(options)} can be given only with config")
-    path, state = _locate(variables)
-    layers, masks_are_causal, scanned = state.layers, state.masks_are_causal, state.calls is not None
-    others = _put(variables["cache"], path, None)
+    path, state = _linen_state.locate(variables)
+    is_counted, keep = state.forward.calls is not None, (state.layers, state.masks_are_causal)  # no arrays
+    others = _linen_state.put(variables["cache"], path, None)
     apply = nn.apply(call, model, mutable=["cache"])
 
     def fn(params, tokens, cache, step, logits_at):
-        calls = jnp.int32(0) if scanned else None
-        state = _State(_forward.Forward(cache, step), calls, layers, masks_are_causal)
-        given = {**params, "cache": _put(others, path, state)}
+        forward = _forward.under_way(cache, step, count_calls=is_counted)
+        given = {**params, "cache": _linen_state.put(others, path, State(forward, *keep))}
         logits, after = apply(given, tokens, step, logits_at)
         return logits, get_cache(after)
 
@@ -473,6 +526,7 @@ def _decode(
         inputs_k = inputs_q
     if inputs_v is None:
         inputs_v = inputs_k
+    _forward.refuse_cross_attention(inputs_q, inputs_k)
     if module.attention_fn is not nn.dot_product_attention:
         raise ValueError(
             "attention_fn: expected nn.dot_product_attention, which paged attention can stand for, got "
@@ -485,8 +539,8 @@ def _decode(
         "deterministic", module.deterministic, deterministic
     )
     if not module.is_initializing():
-        found = _find(_scope(module))
-        masks_are_causal = found is not None and found.get_variable("cache", _STATE).masks_are_causal
+        found = _linen_state.find(_scope(module))
+        masks_are_causal = found is not None and found.get_variable("cache", STATE).masks_are_causal
         _forward.refuse_unsupported(
             mask=None if masks_are_causal else mask, dropout=dropout, sow_weights=sow_weights
         )
@@ -539,134 +593,19 @@ def _scope(module: nn.Module) -> Scope:
     return module.scope
 
 
-def _find(scope: Scope) -> Scope | None:
-    """The scope that holds the state: this one or an ancestor."""
-    at: Scope | None = scope
-    while at is not None:
-        if at.has_variable("cache", _STATE):
-            return at
-        at = at.parent
-    return None
-
-
-def _announce(module: nn.Module, scope: Scope, name: str, k: Array) -> None:
+def _announce(
+    module: nn.Module, name: str, q: Array | None, k: Array, v: Array | None, sliding_window: Any
+) -> None:
     """Leaves the layer's shape for `init_cache`.
 
     Raises:
       ValueError: the model is not being initialised, so that a cache should have been found.
     """
+    scope = _scope(module)
     if not module.is_initializing():
-        raise ValueError(
-            f"{'/'.join(scope.path) or 'the model'}: no paged cache found from here upwards. Call "
-            "paxcache.linen.init_cache on the variables first. Inside nn.scan the cache must be carried "
-            '(variable_carry="cache", and init_cache with scanned_in); nn.remat, nn.jit and nn.vmap around '
-            "single layers hide it"
-        )
-    root = scope
-    while root.parent is not None:
-        root = root.parent
-    # Under a lifted transformation nothing may be left behind: the carry of a scan must keep its structure.
-    if not root.path and scope.is_mutable_collection("cache"):
-        scope.put_variable("cache", name, jnp.zeros((0, *k.shape[-2:]), k.dtype))
-
-
-def _take_layer(state: _State, path: Path) -> tuple[Layer, _State]:
-    """The index of the layer at a path."""
-    if state.calls is not None:
-        return (0, state.calls), dataclasses.replace(state, calls=state.calls + 1)
-    layer = dict(state.layers).get(path)
-    if layer is None:
-        raise ValueError(
-            f"{'/'.join(path) or 'the model'}: unknown to the cache, which was made for "
-            f"{', '.join('/'.join(known) for known, _ in state.layers) or 'no layer'}"
-        )
-    return layer, state
-
-
-# On variables.
-
-
-def _without_layers(tree: Any, path: Path, announced: dict[tuple[Path, int | None], Any]) -> dict[str, Any]:
-    """A copy of a cache collection without what layers left in it, which goes to `announced`."""
-    kept = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            if inner := _without_layers(value, (*path, name), announced):
-                kept[name] = inner
-        elif name == _LAYER:
-            announced[path, None] = value
-        elif name.startswith(f"{_LAYER}_"):
-            announced[path, int(name.removeprefix(f"{_LAYER}_"))] = value
-        elif name != _STATE:
-            kept[name] = value
-    return kept
-
-
-def _number_layers(
-    announced: dict[tuple[Path, int | None], Any], kv: PagedKVCache
-) -> tuple[tuple[Path, Layer], ...]:
-    """The layers without an index of their own, with the indices that are left."""
-    given = [index for _, index in announced if index is not None]
-    expected = _forward.num_layers(kv)
-    if len(announced) != expected or len(set(given)) != len(given) or not set(given) <= set(range(expected)):
-        raise ValueError(
-            f"variables: the cache has {expected} layers, but {len(announced)} paged layers were found"
-            + (f", with the indices {sorted(given)}" if given else "")
-            + '; those under nn.scan need variable_carry="cache" and scanned_in, those under nn.remat, nn.jit or '
-            "nn.vmap cannot reach a cache that they share with others"
-        )
-    rest = iter(sorted(set(range(expected)) - set(given)))
-    layers = []
-    for (path, index), shape in sorted(
-        announced.items(), key=lambda item: _forward.natural_order(item[0][0])
-    ):
-        layer = next(rest) if index is None else index
-        _, K, D = shape.shape
-        _forward.check_layer("/".join(path) or "the model", kv, layer, num_kv_heads=K, head_dim=D)
-        if index is None:
-            layers.append((path, layer))
-    return tuple(layers)
-
-
-def _common_path(paths: list[Path]) -> Path:
-    """The deepest path that all share."""
-    depth = 0
-    while all(len(path) > depth and path[depth] == paths[0][depth] for path in paths):
-        depth += 1
-    return paths[0][:depth]
-
-
-def _locate(variables: Variables) -> tuple[Path, _State]:
-    """Where the state stands in the cache collection."""
-
-    def search(tree, path):
-        for name, value in tree.items():
-            if name == _STATE and isinstance(value, _State):
-                return path, value
-            if isinstance(value, Mapping) and (found := search(value, (*path, name))):
-                return found
-        return None
-
-    found = search(variables.get("cache", {}), ())
-    if found is None:
-        raise ValueError("variables: expected a paged cache in the collection 'cache'; see init_cache")
-    return found
-
-
-def _put(tree: Any, path: Path, state: _State | None) -> dict[str, Any]:
-    """A copy of a cache collection with another state (none at all for None)."""
-    copy = dict(tree)
-    if path:
-        copy[path[0]] = _put(copy.get(path[0], {}), path[1:], state)
-    elif state is None:
-        copy.pop(_STATE, None)
-    else:
-        copy[_STATE] = state
-    return copy
-
-
-def _replace(variables: Variables, path: Path, state: _State, forward: _forward.Forward) -> dict[str, Any]:
-    """The variables with a new pass or a new cache."""
-    calls = None if state.calls is None else jnp.zeros_like(state.calls)
-    changed = dataclasses.replace(state, forward=forward, calls=calls)
-    return {**variables, "cache": _put(variables["cache"], path, changed)}
+        raise _linen_state.hidden(scope.path, _linen_state.transformations())
+    heads = None if q is None else q.shape[-2]
+    window = sliding_window if isinstance(sliding_window, int) else None
+    v_width = 0 if v is None else v.shape[-1]
+    shape = _forward.LayerShape(heads, k.shape[-2], k.shape[-1], v_width, jnp.dtype(k.dtype), window)
+    _linen_state.announce(scope, name, shape)

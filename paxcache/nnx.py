@@ -1,10 +1,13 @@
-"""Paged attention for Flax NNX models. Imports Flax; nothing else of the library but `linen` may.
+"""Paged attention for Flax NNX models.
 
+    config = paxcache.nnx.cache_config(model, num_pages=4096, max_seqs=64, max_pages_per_seq=512)
     model, cache = paxcache.nnx.paginate(model, config)     # stock attention layers become paged, parameters are shared
     step = cache.extend(query_lens, max_query_len=Q)        # once before each forward pass
     logits = model(tokens)                                  # [B, Q, ...], rows of different lengths
 
-One `PagedCache` is shared by reference by all layers: one pool, one block table, one `extend` a pass.
+One `PagedCache` is shared by reference by all layers: one pool, one block table, one `extend` a pass. So a model runs
+under NNX's transformations in graph mode, where references are kept (`nnx.jit`, `nnx.remat`, `nnx.scan` with the cache
+as carry), under plain `jax.jit` between `nnx.split` and `nnx.merge`, and as the pure function that `model_fn` makes.
 """
 
 from __future__ import annotations
@@ -20,7 +23,20 @@ from flax.nnx.module import first_from
 from flax.nnx.nn import dtypes
 
 from paxcache import _cache, _checks, _forward
+from paxcache._nnx_cache import CacheState, DenseCache, PagedCache
 from paxcache._types import CacheConfig, PagedKVCache, Step
+
+__all__ = [
+    "CacheState",
+    "DenseCache",
+    "LayerIndex",
+    "MultiHeadAttention",
+    "PagedCache",
+    "cache_config",
+    "get_cache",
+    "model_fn",
+    "paginate",
+]
 
 if TYPE_CHECKING:
     from flax.nnx.filterlib import Filter
@@ -29,172 +45,8 @@ if TYPE_CHECKING:
     from paxcache._cache import Layer
 
 
-class CacheState(nnx.Cache):
-    """The variable of a `PagedCache`: an `nnx.Cache` whose value holds the cache and the step under way."""
-
-
 class LayerIndex(nnx.Variable):
     """Indices of layers that are stacked for a scan, i32[L]; `nnx.scan` slices it like the parameters."""
-
-
-class PagedCache(nnx.Module):
-    """A paged KV cache, and the step of the forward pass under way, shared by reference by a model's layers.
-
-    All its state is one variable of type `CacheState`, an `nnx.Cache`. Between two passes that state has always the
-    same structure, so it can be the carry of a `lax.while_loop`.
-
-    Args:
-      cache: a `CacheConfig`, for a new cache, or a `PagedKVCache`.
-
-    Raises:
-      TypeError: it is neither.
-
-    Example:
-      >>> import jax.numpy as jnp, paxcache, paxcache.nnx
-      >>> config = paxcache.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=16, max_seqs=2,
-      ...                               max_pages_per_seq=8)
-      >>> cache = paxcache.nnx.PagedCache(config)
-      >>> step = cache.extend(jnp.array([3, 1]), max_query_len=3)
-      >>> q = k = v = jnp.ones((2, 3, 1, 8))
-      >>> cache.attend(0, q, k, v).shape
-      (2, 3, 1, 8)
-      >>> cache.kv = paxcache.release(cache.kv, jnp.array([True, False]))
-      >>> cache.kv.seq_lens.tolist()
-      [0, 1]
-    """
-
-    def __init__(self, cache: CacheConfig | PagedKVCache):
-        """See the class."""
-        _checks.instance("cache", cache, CacheConfig, PagedKVCache)
-        kv = _cache.init(cache) if isinstance(cache, CacheConfig) else cache
-        self.state = CacheState(_forward.Forward(kv))
-
-    @property
-    def kv(self) -> PagedKVCache:
-        """The cache as a value. Assign one to change it: ``cache.kv = paxcache.release(cache.kv, rows)``.
-
-        An assignment ends the step under way, since a step is valid until the tables change.
-        """
-        return self.state.get_value().kv
-
-    @kv.setter
-    def kv(self, value: PagedKVCache) -> None:
-        self.state.set_value(_forward.Forward(value))
-
-    @property
-    def step(self) -> Step | None:
-        """The step of the forward pass under way; None between passes."""
-        return self.state.get_value().step
-
-    def extend(
-        self,
-        query_lens: Int32[Array, "B"],
-        *,
-        num_tokens: int | None = None,
-        max_query_len: int | None = None,
-    ) -> Step:
-        """Begins a forward pass: `paxcache.extend` on the cache, once for all layers.
-
-        Args:
-          query_lens: i32[B] new tokens of each row; 0 leaves a row alone.
-          num_tokens: tokens of a packed step, T: layers see [T, 1, ...] or [1, T, ...].
-          max_query_len: tokens a row may have in a row-aligned step, Q: layers see [B, Q, ...], and what they give past
-            a row's query_lens is not meaningful. Give exactly one of the two.
-
-        Returns:
-          The step, which all layers of this pass use. Each layer takes it once; after the last it is no longer held.
-
-        Raises:
-          ValueError, TypeError: as `paxcache.extend`.
-        """
-        state = _forward.begin(
-            self.state.get_value(), query_lens, num_tokens=num_tokens, max_query_len=max_query_len
-        )
-        self.state.set_value(state)
-        assert state.step is not None
-        return state.step
-
-    def attend(
-        self,
-        layer: Layer,
-        q: Float[Array, "B Q H D"],
-        k: Float[Array, "B Q K D"],
-        v: Float[Array, "B Q K Dv"] | None,
-        **options: Any,
-    ) -> Float[Array, "B Q H Dv"]:
-        """Appends one layer's keys and values, then attends: what an attention module of your own calls.
-
-        Args:
-          layer: a Python int, or (group, index) with an index that may be traced.
-          q, k, v: [B, Q, heads, width] in a row-aligned step; [T, 1, ...], [1, T, ...] or [T, ...] in a packed one.
-          **options: those of `paxcache.attend` (sm_scale, soft_cap, sliding_window, sinks, causal, implementation).
-
-        Returns:
-          The attention's output, shaped like q with the width of v.
-
-        Raises:
-          ValueError, TypeError: no step is under way, the layer took it already, or a shape does not fit.
-        """
-        state, out = _forward.attend(self.state.get_value(), layer, q, k, v, **options)
-        self.state.set_value(state)
-        return out
-
-    def finish(self) -> None:
-        """Drops the step under way, where not every layer took it: layers under `nnx.scan`, or an early exit.
-
-        Only loops need this, whose carry must keep its structure; the next `extend` replaces the step anyway.
-        """
-        self.state.set_value(_forward.Forward(self.kv))
-
-
-class DenseCache(nnx.Module):
-    """A paged cache behind the interface of a dense one, for models that insist on contiguous keys and values.
-
-    Slow: each call copies all the keys and values of a layer, [B, max_len, K, D], through memory. The pool stays paged
-    and shared; only the copies are dense.
-
-    Args:
-      cache: the `PagedCache`.
-      max_len: tokens of each row to return (static).
-
-    Example:
-      >>> import jax.numpy as jnp, paxcache, paxcache.nnx
-      >>> config = paxcache.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=16, max_seqs=2,
-      ...                               max_pages_per_seq=8)
-      >>> cache = paxcache.nnx.PagedCache(config)
-      >>> dense = paxcache.nnx.DenseCache(cache, max_len=10)
-      >>> step = cache.extend(jnp.array([3, 1]), max_query_len=3)
-      >>> k = v = jnp.ones((2, 3, 1, 8))
-      >>> k, v = dense.update(0, k, v)
-      >>> k.shape
-      (2, 10, 1, 8)
-      >>> mask = jnp.arange(10) <= step.positions[:, None, :, None]  # [B, 1, Q, max_len], as Flax wants it
-    """
-
-    def __init__(self, cache: PagedCache, *, max_len: int):
-        """See the class."""
-        self.cache = cache
-        self.max_len = _checks.static_int("max_len", max_len, minimum=1)
-
-    def update(
-        self, layer: Layer, k: Float[Array, "B Q K D"], v: Float[Array, "B Q K Dv"]
-    ) -> tuple[Float[Array, "B N K D"], Float[Array, "B N K Dv"]]:
-        """Appends the step's keys and values to a layer and returns all of each row's.
-
-        Args:
-          layer: a Python int, or (group, index) with an index that may be traced.
-          k, v: as in `PagedCache.attend`.
-
-        Returns:
-          k and v, [B, max_len, K, D], zeros past each row's length.
-
-        Raises:
-          ValueError, TypeError: as `PagedCache.attend`.
-        """
-        variable = self.cache.state
-        state, full = _forward.update_dense(variable.get_value(), layer, k, v, self.max_len)
-        variable.set_value(state)
-        return full
 
 
 class MultiHeadAttention(nnx.MultiHeadAttention):
@@ -208,7 +60,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
     """
 
     paged_cache: PagedCache
-    layer: int | LayerIndex
+    layer: int | LayerIndex | None
     layer_group: int
     masks_are_causal: bool
 
@@ -231,7 +83,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         """Attention over the paged cache with decode on, the stock layer's with decode off.
 
         Args:
-          inputs_q, inputs_k, inputs_v: [B, Q, features]; see the stock layer for what None means.
+          inputs_q, inputs_k, inputs_v: [B, Q, features]; see the stock layer for what None means. With decode on,
+            inputs_k must be None or inputs_q itself.
           mask: must be None with decode on, unless the model was paginated with masks_are_causal.
           deterministic: must be true with decode on where dropout_rate is above 0.
           rngs: not used with decode on.
@@ -282,6 +135,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             inputs_k = inputs_q
         if inputs_v is None:
             inputs_v = inputs_k
+        _forward.refuse_cross_attention(inputs_q, inputs_k)
         query = self.query(inputs_q, out_sharding=qkv_sharding)
         key = self.key(inputs_k, out_sharding=qkv_sharding)
         value = self.value(inputs_v, out_sharding=qkv_sharding)
@@ -297,7 +151,9 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         elif input_positions is not None:
             raise ValueError("input_positions: the layer has no rotary embedding to use them")
         query, key, value = dtypes.promote_dtype((query, key, value), dtype=self.dtype)
-        out = self.paged_cache.attend(layer, query, key, value)
+        variable = self.paged_cache.state
+        state, out = _forward.attend(variable.get_value(), layer, query, key, value)
+        variable.set_value(state)
         return self.out(out, out_sharding=out_sharding)
 
     def init_cache(self, input_shape: Any, dtype: Any = None) -> None:
@@ -310,8 +166,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             "init_cache: the layer is paged and has no dense cache; release the rows of its PagedCache"
         )
 
-    def _layer(self) -> Layer:
-        return self.layer if isinstance(self.layer, int) else (self.layer_group, self.layer[...])
+    def _layer(self) -> Layer | None:
+        return (self.layer_group, self.layer[...]) if isinstance(self.layer, LayerIndex) else self.layer
 
 
 def _rope_of(attention_fn: Any) -> nnx.RoPE | None:
@@ -347,6 +203,7 @@ def paginate[M: nnx.Module](
     *,
     only: Filter = ...,
     masks_are_causal: bool = False,
+    count_calls: bool = False,
 ) -> tuple[M, PagedCache]:
     """A copy of a model whose attention layers keep their keys and values in one paged cache.
 
@@ -357,24 +214,28 @@ def paginate[M: nnx.Module](
 
     Args:
       model: a model with stock attention layers.
-      cache: a `CacheConfig` for a new cache, or a `PagedKVCache`; its layers must be as many as the model's.
+      cache: a `CacheConfig` for a new cache (see `cache_config`), or a `PagedKVCache`; its layers must be as many as
+        the model's.
       only: an NNX filter that picks the layers to page, such as self-attention without cross-attention.
       masks_are_causal: declares that masks which the model passes in decode are causal or padding masks, which paged
         attention applies by itself, so that they may be dropped. Otherwise a mask is an error.
+      count_calls: layers are counted as they are called: the n-th call of a pass is layer n of the cache. For layers
+        that share weights (ALBERT) and for a layer inside `nnx.fori_loop`, `nnx.while_loop` or an `nnx.scan` without
+        stacked weights. Every pass must make the same calls in the same order. More calls than the cache has layers
+        give NaN. The step does not end by itself: a loop of one's own must call `finish` after each pass.
 
     Returns:
       The copy, and the cache that its layers share.
 
     Raises:
       ValueError: no layer was found, a layer cannot be paged, or layers and cache do not fit.
-      TypeError: cache is of another type.
+      TypeError: an argument is of another type.
 
     Example:
       >>> import jax.numpy as jnp, paxcache, paxcache.nnx
       >>> from flax import nnx
       >>> model = nnx.Sequential(nnx.MultiHeadAttention(2, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 8, rngs=nnx.Rngs(1)))
-      >>> config = paxcache.CacheConfig(num_layers=1, num_kv_heads=2, head_dim=4, num_pages=16, max_seqs=2,
-      ...                               max_pages_per_seq=8, dtype=jnp.float32)
+      >>> config = paxcache.nnx.cache_config(model, num_pages=16, max_seqs=2, max_pages_per_seq=8)
       >>> model, cache = paxcache.nnx.paginate(model, config)
       >>> @nnx.jit
       ... def forward(model, cache, x, query_lens):
@@ -387,31 +248,36 @@ def paginate[M: nnx.Module](
 
     Reference: PagedAttention (Kwon et al., 2023).
     """
+    _checks.instance("model", model, nnx.Module)
     holder = PagedCache(cache)
     kv = holder.kv
+    if count_calls:
+        holder.state.set_value(_forward.counted(kv))
     copy = nnx.clone(model, variables=False, graph=True)
-    picked = nnx.filterlib.to_predicate(only)
-    layers = [
-        (path, module)
-        for path, module in nnx.iter_modules(copy)
-        if isinstance(module, nnx.MultiHeadAttention) and picked(path, module)
-    ]
-    layers.sort(key=lambda item: _forward.natural_order(item[0]))
-    depths = [_stack_depth(path, layer) for path, layer in layers]
+    layers = _attention_layers(copy, only)
+    depths = [_stack_depth(name, layer) for name, layer in layers]
     found, expected = sum(depth or 1 for depth in depths), _forward.num_layers(kv)
-    if found != expected:
-        raise ValueError(f"model: {found} attention layers found, but the cache has {expected}")
+    if found != expected and not (count_calls and found):
+        raise ValueError(
+            f"model: {found} attention layers found, but the cache has {expected}{_advice(model, found)}"
+        )
     first = 0
-    for (path, layer), depth in zip(layers, depths, strict=True):
-        name = "/".join(map(str, path)) or "the model"
-        _forward.check_layer(name, kv, first, num_kv_heads=layer.num_kv_heads, head_dim=layer.head_dim)
-        group, index = _cache.locate(kv, first)
+    for (name, layer), depth in zip(layers, depths, strict=True):
+        index = 0 if count_calls else first
+        _forward.check_layer(name, kv, index, _shape(layer))
+        group, index = _cache.locate(kv, index)
+        if depth is not None and count_calls:
+            raise ValueError(
+                f"count_calls: {name} is stacked for a scan, where its {depth} layers have indices"
+            )
         if depth is not None and index + depth > kv.groups[group].pages.k.shape[0]:
             raise ValueError(f"{name}: the {depth} stacked layers must lie in one layer group of the cache")
         paged: Any = layer
         paged.__class__ = MultiHeadAttention  # the copy's own object, wherever it is referenced
         paged.paged_cache = holder
-        paged.layer = first if depth is None else LayerIndex(index + jnp.arange(depth))
+        paged.layer = (
+            LayerIndex(index + jnp.arange(depth)) if depth is not None else None if count_calls else first
+        )
         paged.layer_group = group
         paged.masks_are_causal = masks_are_causal
         paged.decode = True
@@ -419,13 +285,87 @@ def paginate[M: nnx.Module](
     return copy, holder
 
 
-def _stack_depth(path: tuple[Any, ...], layer: nnx.MultiHeadAttention) -> int | None:
+def cache_config(
+    model: nnx.Module,
+    *,
+    only: Filter = ...,
+    num_layers: int | None = None,
+    memory_bytes: int | None = None,
+    **arguments: Any,
+) -> CacheConfig:
+    """The `CacheConfig` of a model with stock attention layers, its layers read from the model.
+
+    Args:
+      model: a model as `paginate` takes it.
+      only: as in `paginate`.
+      num_layers: calls of attention layers in one forward pass, for a model to be put on pages with count_calls. None:
+        each layer is called once.
+      memory_bytes: bytes for the pools, in place of num_pages; see `CacheConfig.fit`.
+      **arguments: page_size, num_pages, max_seqs, max_pages_per_seq of `CacheConfig`; dtype, quantization and scales of
+        all layers. The dtype is otherwise that which the layer computes in.
+
+    Returns:
+      A config with one layer group, or several where neighbouring layers differ.
+
+    Raises:
+      ValueError, TypeError: no layer was found, one cannot be paged, or an argument is wrong.
+
+    Example:
+      >>> import paxcache.nnx
+      >>> from flax import nnx
+      >>> model = nnx.MultiHeadAttention(4, 32, num_kv_heads=2, rngs=nnx.Rngs(0))
+      >>> config = paxcache.nnx.cache_config(model, num_pages=16, max_seqs=2, max_pages_per_seq=8)
+      >>> config.num_layers, config.num_kv_heads, config.head_dim, config.dtype.name
+      (1, 2, 8, 'float32')
+    """
+    _checks.instance("model", model, nnx.Module)
+    shapes = [
+        _shape(layer)
+        for name, layer in _attention_layers(model, only)
+        for _ in range(_stack_depth(name, layer) or 1)
+    ]
+    if not shapes:
+        raise ValueError(f"model: 0 attention layers found{_advice(model, 0)}")
+    if num_layers is not None:
+        num_layers = _checks.static_int("num_layers", num_layers, minimum=1)
+        if len(set(shapes)) > 1:
+            raise ValueError("num_layers: expected layers of one shape, which calls can count")
+        shapes = shapes[:1] * num_layers
+    return _forward.config_for(shapes, memory_bytes, arguments)
+
+
+def _attention_layers(model: nnx.Module, only: Filter) -> list[tuple[str, nnx.MultiHeadAttention]]:
+    """The attention layers that a filter picks, in natural order, with their names."""
+    picked = nnx.filterlib.to_predicate(only)
+    found = [
+        (path, module)
+        for path, module in nnx.iter_modules(model, graph=True)
+        if isinstance(module, nnx.MultiHeadAttention) and picked(path, module)
+    ]
+    found.sort(key=lambda item: _forward.natural_order(item[0]))
+    return [("/".join(map(str, path)) or "the model", layer) for path, layer in found]
+
+
+def _shape(layer: nnx.MultiHeadAttention) -> _forward.LayerShape:
+    heads, kv_heads, width = layer.num_heads, layer.num_kv_heads, layer.head_dim
+    return _forward.LayerShape(heads, kv_heads, width, width, jnp.dtype(layer.dtype or layer.param_dtype))
+
+
+def _advice(model: nnx.Module, found: int) -> str:
+    """What to do about layers that were not found."""
+    if any(isinstance(module, nnx.bridge.ToNNX) for _, module in nnx.iter_modules(model, graph=True)):
+        return ". It wraps a Linen module (nnx.bridge.ToNNX): put that on pages with paxcache.linen.model_fn"
+    if found:
+        return ". Layers that run several times in one pass (shared weights) need count_calls=True"
+    return ". Attention modules of your own call PagedCache.attend"
+
+
+def _stack_depth(name: str, layer: nnx.MultiHeadAttention) -> int | None:
     """How many layers a module stands for if its parameters are stacked; None if they are not.
 
     Raises:
       ValueError: the layer is of a kind that cannot be paged.
     """
-    name = "/".join(map(str, path)) or "the model"
     if type(layer) is not nnx.MultiHeadAttention:
         kind = type(layer).__name__
         raise ValueError(
@@ -441,27 +381,22 @@ def _stack_depth(path: tuple[Any, ...], layer: nnx.MultiHeadAttention) -> int | 
     raise ValueError(f"{name}: expected a query kernel of shape {single}, or stacked [L, ...], got {kernel}")
 
 
-def _call(model: Any, tokens: Array, step: Step, logits_at: Array) -> Array:
-    """A step's tokens as rows of one token, and the logits of those asked for."""
-    del step
-    return model(tokens[:, None])[logits_at, 0]
-
-
 def model_fn(
     model: nnx.Module,
     config: CacheConfig | None = None,
     *,
-    call: Callable[[Any, Array, Step, Array], Array] = _call,
+    call: Callable[[Any, Array, Step, Array], Array] = _forward.logits_of_rows_of_one,
     **options: Any,
 ) -> tuple[Callable[..., tuple[Array, PagedKVCache]], nnx.State]:
-    """A model as the pure function that `paxcache.generate` runs.
+    """A model as the pure function that `paxcache.generate` runs. `paxcache.check_model` tells whether it is right.
 
     Args:
       model: a model made by `paginate` or with a `PagedCache` of its own; with `config`, one with stock layers.
       config: the cache that the function will be given; the model is paginated for it without allocating a pool.
       call: (model, tokens i32[T], step, logits_at i32[N]) -> logits [N, V]: how to run the model on a packed step. The
         default calls ``model(tokens[:, None])`` and picks from its [T, 1, V]. Write your own for a model that takes
-        positions (``step.positions[:, None]``), or to compute the logits of `logits_at` only.
+        positions (``step.positions[:, None]``; one that makes them by ``arange(tokens.shape[1])`` would get zeros), or
+        to compute the logits of `logits_at` only.
       **options: those of `paginate`, with config.
 
     Returns:
@@ -469,7 +404,7 @@ def model_fn(
       cache.
 
     Raises:
-      ValueError: the model has no `PagedCache` or several; or as `paginate`.
+      ValueError, TypeError: the model has no `PagedCache` or several; an argument is wrong; or as `paginate`.
 
     Example:
       >>> import jax.numpy as jnp, paxcache, paxcache.nnx
@@ -477,26 +412,40 @@ def model_fn(
       >>> rngs = nnx.Rngs(0)
       >>> model = nnx.Sequential(nnx.Embed(10, 8, rngs=rngs), nnx.MultiHeadAttention(2, 8, rngs=rngs),
       ...                        nnx.Linear(8, 10, rngs=rngs))
-      >>> config = paxcache.CacheConfig(num_layers=1, num_kv_heads=2, head_dim=4, num_pages=16, max_seqs=2,
-      ...                               max_pages_per_seq=8, dtype=jnp.float32)
+      >>> config = paxcache.nnx.cache_config(model, num_pages=16, max_seqs=2, max_pages_per_seq=8)
       >>> fn, params = paxcache.nnx.model_fn(model, config)
       >>> cache, step = paxcache.extend(paxcache.init(config), jnp.array([3, 1]), num_tokens=4)
       >>> logits, cache = fn(params, jnp.array([1, 2, 3, 4]), cache, step, jnp.array([2, 3]))
       >>> logits.shape
       (2, 10)
     """
+    _checks.instance("model", model, nnx.Module)
+    if not callable(call):
+        raise TypeError(f"call: expected a function (model, tokens, step, logits_at), got {call!r}")
     if config is not None:
+        _checks.instance("config", config, CacheConfig)
         model, _ = paginate(model, jax.eval_shape(lambda: _cache.init(config)), **options)
     elif options:
         raise ValueError(f"model_fn: {', '.join(options)} can be given only with config")
-    get_cache(model)
-    graphdef, state, params = nnx.split(model, CacheState, ...)
+    is_counted = get_cache(model).state.get_value().calls is not None
+    graphdef, state, params = nnx.split(model, CacheState, ..., graph=True)
     place = _with_value(state, None)  # keeps no arrays
 
     def fn(params, tokens, cache, step, logits_at):
-        forward = _forward.Forward(cache, step)
-        merged = nnx.merge(graphdef, _with_value(place, forward), params)
-        logits = call(merged, tokens, step, logits_at)
+        forward = _forward.under_way(cache, step, count_calls=is_counted)
+        # Variables of their own: NNX's transformations in the model change them, and must find them in this trace.
+        merged = nnx.merge(graphdef, _with_value(place, forward), params, copy=True)
+        try:
+            logits = call(merged, tokens, step, logits_at)
+        except ValueError as error:
+            if "leading axis" in str(
+                error
+            ):  # of a scan's arguments, which name neither the cache nor the remedy
+                raise ValueError(
+                    "model: an nnx.scan slices the paged cache like the parameters; it must carry it: "
+                    "in_axes=nnx.StateAxes({nnx.Cache: nnx.Carry, ...: 0})"
+                ) from error
+            raise
         return logits, get_cache(merged).kv
 
     return fn, params
@@ -520,7 +469,8 @@ def get_cache(model: nnx.Module) -> PagedCache:
     Raises:
       ValueError: it has none, or several.
     """
-    caches = [module for _, module in nnx.iter_modules(model) if isinstance(module, PagedCache)]
+    _checks.instance("model", model, nnx.Module)
+    caches = [module for _, module in nnx.iter_modules(model, graph=True) if isinstance(module, PagedCache)]
     if len(caches) != 1:
         raise ValueError(
             f"model: expected one PagedCache in it, found {len(caches)}; see paginate, or give config"

@@ -9,7 +9,6 @@ Pools are ``[P, K, S, D]``, or ``[L, P, K, S, D]`` together with ``layer``; each
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import warnings
@@ -23,6 +22,7 @@ import numpy as np
 from paxcache import _checks, _quantize, kernels
 from paxcache._allocator import running_sum
 from paxcache._quantize import QuantizedPages
+from paxcache._state import state
 from paxcache._types import CacheConfig, LayerGroup
 from paxcache.kernels import Backend
 from paxcache.kernels._request import Pools, Rows, Scores, Shapes
@@ -156,8 +156,7 @@ def _check_pool(name: str, pool: Any, dims: str, **sizes: int) -> None:
         )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@state
 class Plan:
     """How the attention kernels of a step divide their work. Opaque: made by `plan`, read by `paged_attention`."""
 
@@ -213,7 +212,9 @@ def plan(
     Reference: the split of work by tokens instead of sequences follows FlashInfer's scheduler (Ye et al., 2025).
     """
     tables = _checks.int_array("block_tables", block_tables, "B M")
-    B = tables.shape[0]
+    B, M = tables.shape
+    page_size = _checks.static_int("page_size", page_size, minimum=1)
+    _checks.row_room(M, page_size)
     seq_lens = _checks.int_array("seq_lens", seq_lens, "B", B=B)
     if query_lens is None:
         if query_starts is not None:
@@ -245,7 +246,7 @@ def plan(
         num_heads=num_heads,
         num_kv_heads=_checks.static_int("num_kv_heads", num_kv_heads, minimum=1),
         head_dim=_checks.static_int("head_dim", head_dim, minimum=1),
-        page_size=_checks.static_int("page_size", page_size, minimum=1),
+        page_size=page_size,
         dtype=jnp.dtype(dtype),
         windowed=sliding_window is not None,
     )
@@ -327,7 +328,8 @@ def paged_attention(
     if H % K:
         raise ValueError(f"q: query heads must be a multiple of the {K} KV heads, got {_checks.describe(q)}")
     tables = _checks.int_array("block_tables", block_tables, "B M")
-    B = tables.shape[0]
+    B, M = tables.shape
+    _checks.row_room(M, k_pages.shape[3])
     seq_lens = _checks.int_array("seq_lens", seq_lens, "B", B=B)
     if cu_query_lens is not None:
         if query_starts is not None or query_lens is not None:
@@ -662,7 +664,9 @@ def merge_attention(
 
     Args:
       outs: [N, T, H, D], one of each set.
-      lses: f32[N, T, H] from ``paged_attention(..., return_lse=True)``. Sinks belong to one set only.
+      lses: f32[N, T, H] from ``paged_attention(..., return_lse=True)``, or from another attention: either infinity says
+        that there was no key (FlashAttention gives +inf), and whatever stands in outs there is ignored. Sinks belong to
+        one set only.
 
     Returns:
       out [T, H, D] and lse f32[T, H]; zeros and -inf where no set had a key.
@@ -682,9 +686,13 @@ def merge_attention(
     outs = _checks.array("outs", outs, "N T H D", dtype=jnp.floating)
     N, T, H, _ = outs.shape
     lses = _checks.array("lses", lses, "N T H", dtype=jnp.floating, N=N, T=T, H=H).astype(jnp.float32)
+    if not N:
+        raise ValueError(f"outs: expected at least one set of keys, got {_checks.describe(outs)}")
+    no_key = jnp.isinf(lses)
+    lses, outs = jnp.where(no_key, -jnp.inf, lses), jnp.where(no_key[..., None], 0, outs)
     m = lses.max(axis=0)
     m = jnp.where(jnp.isneginf(m), 0, m)
-    weights = jnp.exp(lses - m)
+    weights = jnp.exp(lses - m[None])
     total = weights.sum(axis=0)
     some = jnp.where(total > 0, total, 1)
     out = jnp.sum(outs.astype(jnp.float32) * weights[..., None], axis=0) / some[..., None]

@@ -1,4 +1,4 @@
-"""Every shape that the Hopper kernels take, on a GPU, against the xla form: ``python tests/matrix.py``.
+"""Every shape that the Hopper kernels take, on a GPU, against float64: ``python tests/matrix.py``.
 
 A combination is a head dim, a page size, a dtype of pages, a group (query heads of a KV head) and a kind of step.
 Several processes work at once, one combination after the other: where one crashes, that combination has failed, and a
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import queue
@@ -34,16 +35,19 @@ HEAD_DIMS = 64, 96, 128, 192, 256
 PAGE_SIZES = 8, 16, 32, 64, 128
 DTYPES = "bfloat16", "float16", "float32", "fp8_e4m3", "fp8_e5m2", "int8", "int4"
 GROUPS = 1, 4, 7, 8
-STEPS = "decode", "short", "prefill", "mixed"
 
 KV_HEADS = 2
-LENGTHS = {  # of a step's rows: tokens, and new ones of them
-    "decode": ([1, 17, 0, 130, 333, 1500], [1, 1, 0, 1, 1, 1]),
-    "short": ([3, 45, 0, 130, 333, 1500], [3, 5, 0, 1, 2, 4]),
-    "prefill": ([190, 0, 333, 77, 700], [99, 0, 333, 63, 201]),
-    "mixed": ([1, 900, 0, 333, 190, 65, 40], [1, 1, 0, 150, 99, 1, 7]),
+ROWS = {  # of each kind of step, batches of as many rows: tokens, and new ones of them
+    "decode": [([1, 17, 0, 130, 333, 1500], [1, 1, 0, 1, 1, 1])],
+    "short": [([3, 45, 0, 130, 333, 1500], [3, 5, 0, 1, 2, 4])],
+    "long": [
+        ([190, 0, 333, 77, 700, 0], [99, 0, 333, 63, 201, 0]),  # prompts alone
+        ([1, 900, 333, 190, 65, 40], [1, 1, 150, 99, 1, 7]),  # and single tokens beside them
+    ],
 }
-FEW = 5  # most new tokens of a row in a step of short ones
+STEPS = tuple(ROWS)
+FEW = {"decode": 1, "short": 5}
+"""Most new tokens of a row, where a step says so."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -78,6 +82,7 @@ def features_of(cell: Cell, seed: int) -> dict[str, Any]:
         "soft_cap": rng.choice([None, None, None, 30.0]),
         "sinks": rng.choice([False, False, False, True]),
         "q_dtype": rng.choice(["bfloat16", "float16"]) if few_bits else cell.dtype,
+        "values": rng.choice([1.0, 1.0, 1e-3]),  # their size
         "seed": rng.randrange(1 << 30),
     }
 
@@ -88,37 +93,70 @@ class Problem:
     def __init__(self, cell: Cell, seed: int):
         self.cell, self.features = cell, features_of(cell, seed)
         self.rng = np.random.default_rng(self.features["seed"])
-        lens, query_lens = (np.array(x, np.int32) for x in LENGTHS[cell.step])
-        self.lens, self.query_lens = lens, query_lens
-        self.space = -(-int(lens.max()) // max(PAGE_SIZES)) * max(PAGE_SIZES)
-        shape = len(lens), KV_HEADS, self.space, cell.head_dim
-        self.k, self.v = (self._stored(self.rng.standard_normal(shape, np.float32)) for _ in "kv")
-        H = KV_HEADS * cell.group
-        q = self.rng.standard_normal((int(query_lens.sum()), H, cell.head_dim), np.float32)
+        self.batches = [tuple(np.array(x, np.int32) for x in batch) for batch in ROWS[cell.step]]
+        self.num_tokens = max(int(query_lens.sum()) for _, query_lens in self.batches)
+        longest = max(int(lens.max()) for lens, _ in self.batches)
+        self.space = -(-longest // max(PAGE_SIZES)) * max(PAGE_SIZES)
+        num_rows, H = len(self.batches[0][0]), KV_HEADS * cell.group
+        shape = num_rows, KV_HEADS, self.space, cell.head_dim
+        k, v = (self.rng.standard_normal(shape, np.float32) for _ in "kv")
+        self.k, self.v = self._stored(k), self._stored(v * self.features["values"])
+        q = self.rng.standard_normal((self.num_tokens, H, cell.head_dim), np.float32)
         self.q = jnp.asarray(q).astype(self.features["q_dtype"])
         self.sinks = jnp.asarray(self.rng.standard_normal(H), jnp.float32) if self.features["sinks"] else None
-        self.expected = [np.asarray(x, np.float32) for x in self.attend(16, "xla")[0]]
 
     def _stored(self, x: np.ndarray) -> Any:
         """Tokens as pages hold them: an array, or quantised values and their scales."""
-
         if self.cell.dtype not in ops.FORMATS:
             return np.asarray(jnp.asarray(x).astype(self.cell.dtype))
         form = ops.FORMATS[self.cell.dtype]
         scales = _quantize.scales_of(jnp.asarray(x), form)
         return np.asarray(_quantize.encode(jnp.asarray(x), scales, form)), np.asarray(scales)
 
-    def inputs(self, page_size: int) -> dict[str, Any]:
-        """Shuffled pages of the second of two layers. All that no row owns is NaN, where the format has one."""
+    def _numbers(self, stored: Any) -> np.ndarray:
+        """What stored tokens stand for, float64 [B, K, space, D]."""
+        if not isinstance(stored, tuple):
+            return np.asarray(stored, np.float64)
+        values = _quantize.decode(jnp.asarray(stored[0]), ops.FORMATS[self.cell.dtype], jnp.float32)
+        return np.asarray(values, np.float64) * stored[1][..., None]
 
-        B, M = len(self.lens), self.space // page_size
-        used = [-(-int(n) // page_size) for n in self.lens]
-        num_pages = sum(used) + 3
+    @functools.cached_property
+    def expected(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Output and log-sum-exp of each batch, in float64."""
+        k, v, q = self._numbers(self.k), self._numbers(self.v), np.asarray(self.q, np.float64)
+        window, soft_cap = self.features["window"] or 1 << 30, self.features["soft_cap"]
+        results = []
+        for lens, query_lens in self.batches:
+            out, lse = np.zeros_like(q), np.full(q.shape[:2], -np.inf)
+            starts = np.cumsum(query_lens) - query_lens
+            for row, head in itertools.product(np.flatnonzero(query_lens), range(q.shape[1])):
+                mine = slice(starts[row], starts[row] + query_lens[row])
+                kv_head, key = head // self.cell.group, np.arange(lens[row])
+                position = lens[row] - query_lens[row] + np.arange(query_lens[row])[:, None]
+                scores = q[mine, head] @ k[row, kv_head, : lens[row]].T * self.cell.head_dim**-0.5
+                if soft_cap is not None:
+                    scores = soft_cap * np.tanh(scores / soft_cap)
+                scores = np.where((key <= position) & (key > position - window), scores, -np.inf)
+                all_scores = scores
+                if self.sinks is not None:
+                    all_scores = np.pad(scores, ((0, 0), (0, 1)), constant_values=float(self.sinks[head]))
+                total = np.logaddexp.reduce(all_scores, axis=1)
+                lse[mine, head] = total
+                out[mine, head] = np.exp(scores - total[:, None]) @ v[row, kv_head, : lens[row]]
+            results.append((out, lse))
+        return results
+
+    def inputs(self, page_size: int, batch: int) -> dict[str, Any]:
+        """Shuffled pages of the second of two layers. All that no row owns is NaN, where the format has one."""
+        lens, query_lens = self.batches[batch]
+        B, M = len(lens), self.space // page_size
+        used = -(-lens // page_size)
+        num_pages = 3 + max(int((-(-lens // page_size)).sum()) for lens, _ in self.batches)
         free = self.rng.permutation(num_pages)
         tables = np.full((B, M), -1, np.int32)
         for row, count in enumerate(used):
             tables[row, :count], free = free[:count], free[count:]
-        owned = np.arange(self.space) < self.lens[:, None]
+        owned = np.arange(self.space) < lens[:, None]
 
         def laid_out(x: np.ndarray, blank: Any) -> Any:  # [B, K, space, ...] as [2, P, K, S, ...]
             x = np.where(owned.reshape(B, 1, -1, *(1,) * (x.ndim - 3)), x, np.asarray(blank, x.dtype))
@@ -133,44 +171,47 @@ class Problem:
             is_float = jnp.issubdtype(x[0].dtype, jnp.floating)
             return ops.QuantizedPages(laid_out(x[0], np.nan if is_float else 0), laid_out(x[1], np.nan))
 
-        starts = np.cumsum(self.query_lens) - self.query_lens
-        rows = tables, self.lens, starts.astype(np.int32), self.query_lens
-        return {"pools": (pool(self.k), pool(self.v)), "rows": [jnp.asarray(x) for x in rows]}
+        starts = (np.cumsum(query_lens) - query_lens).astype(np.int32)
+        rows = [jnp.asarray(x) for x in (tables, lens, starts, query_lens)]
+        return {"pools": (pool(self.k), pool(self.v)), "rows": rows}
 
-    def attend(self, page_size: int, implementation: str | None) -> tuple[Any, str]:
-        """Output and log-sum-exp, and the compiled program."""
-
-        few = {"decode": 1, "short": FEW}.get(self.cell.step)
+    def attend(self, page_size: int, implementation: str | None) -> tuple[list[Any], str]:
+        """Output and log-sum-exp of each batch, and the compiled program, one for all."""
 
         def run(q, pools, rows, sinks):
             tables, seq_lens, query_starts, query_lens = rows
             return ops.paged_attention(
                 q, *pools, tables, seq_lens, query_starts=query_starts, query_lens=query_lens, layer=1,
-                max_query_len=few, soft_cap=self.features["soft_cap"], sliding_window=self.features["window"],
-                sinks=sinks, return_lse=True, implementation=implementation,
+                max_query_len=FEW.get(self.cell.step), soft_cap=self.features["soft_cap"],
+                sliding_window=self.features["window"], sinks=sinks, return_lse=True, implementation=implementation,
             )  # fmt: skip
 
-        made = self.inputs(page_size)
-        arguments = self.q, made["pools"], made["rows"], self.sinks
-        compiled = jax.jit(run).lower(*arguments).compile()
-        return compiled(*arguments), compiled.as_text() or ""
+        made = [self.inputs(page_size, batch) for batch in range(len(self.batches))]
+        arguments = [(self.q, x["pools"], x["rows"], self.sinks) for x in made]
+        compiled = jax.jit(run).lower(*arguments[0]).compile()
+        return [compiled(*x) for x in arguments], compiled.as_text() or ""
 
-    def verdict(self, page_size: int) -> str:
-        """What the kernels make of a page size: "ok", or what is wrong."""
-        (out, lse), program = self.attend(page_size, None)
-        if ("mosaic_gpu" in program) == is_refused(self.cell):
-            return "a kernel was refused" if "mosaic_gpu" not in program else "a kernel took what it refuses"
-        expected, expected_lse = self.expected
-        out, lse = np.asarray(out, np.float32), np.asarray(lse)
-        error = np.linalg.norm(out - expected) / np.linalg.norm(expected)
-        if not error < TOLERANCE[self.features["q_dtype"]]:  # NaN fails too
-            return f"error {error:.2e} of the result's norm"
+    def fault(self, results: list[Any]) -> str:
+        """What is wrong with results, "" where nothing is."""
         # Prefill multiplies quantised numbers as the queries' dtype can hold them.
         eps = {"bfloat16": 2**-7, "float16": 2**-10}.get(self.features["q_dtype"], 0.0)
         bound = max(1e-4, 2 * eps) if isinstance(self.k, tuple) else 1e-4
-        if not np.allclose(lse, expected_lse, atol=bound, rtol=bound):
-            return f"log-sum-exp off by {np.nanmax(np.abs(lse - expected_lse)):.2e}"
-        return "ok"
+        for batch, ((out, lse), (expected, expected_lse)) in enumerate(
+            zip(results, self.expected, strict=True)
+        ):
+            error = np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected)
+            if not error < TOLERANCE[self.features["q_dtype"]]:  # NaN fails too
+                return f"batch {batch}: error {error:.2e} of the result's norm"
+            if not np.allclose(np.asarray(lse), expected_lse, atol=bound, rtol=bound):
+                return f"batch {batch}: log-sum-exp off by {np.nanmax(np.abs(np.asarray(lse) - expected_lse)):.2e}"
+        return ""
+
+    def verdict(self, page_size: int) -> str:
+        """What the kernels make of a page size: "ok", or what is wrong."""
+        results, program = self.attend(page_size, None)
+        if ("mosaic_gpu" in program) == is_refused(self.cell):
+            return "a kernel was refused" if "mosaic_gpu" not in program else "a kernel took what it refuses"
+        return self.fault(results) or "ok"
 
 
 def work(seed: int) -> None:

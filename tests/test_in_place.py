@@ -350,6 +350,40 @@ def test_extend_memory_does_not_hold_the_pages_that_it_may_copy():
     assert size < rows * big.page_bytes / 8, size
 
 
+STEPS = {
+    "extend, packed": lambda c, n, T, Q: paxcache.extend(c, n, num_tokens=T),
+    "extend, row-aligned": lambda c, n, T, Q: paxcache.extend(c, n, max_query_len=Q),
+    "plan": lambda c, n, T, Q: (c, ops.plan(
+        c.groups[0].block_tables, c.seq_lens, num_kv_heads=K, page_size=S, query_lens=n, num_tokens=T, max_query_len=Q
+    )),
+    "fork": lambda c, n, T, Q: paxcache.fork(c, n, n),
+    "reorder": lambda c, n, T, Q: paxcache.reorder(c, n),
+    "truncate": lambda c, n, T, Q: paxcache.truncate(c, n),
+    "release": lambda c, n, T, Q: paxcache.release(c, n > 0),
+    "stats": lambda c, n, T, Q: (c, paxcache.stats(c)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_integer_memory_follows_rows_and_tokens_but_not_their_product(name):
+    """8192 rows of 128 tokens: an array of rows × tokens would take 33 GB, one of rows × rows 268 MB."""
+    words = []
+    for rows, queries in ((2048, 32), (8192, 32), (8192, 128)):
+        cache = cache_shapes(
+            config_of(
+                paxcache.LayerGroup(num_layers=1, num_kv_heads=1, head_dim=2, sliding_window=100),
+                page_size=S,
+                num_pages=P,
+                max_seqs=rows,
+                max_pages_per_seq=M,
+            )
+        )
+        step = functools.partial(STEPS[name], T=min(rows * queries, 250_000), Q=queries)
+        compiled = jax.jit(step, donate_argnums=0).lower(cache, shape(rows, dtype="int32"))
+        words.append(temporaries(compiled.compile()) / 4 / (rows * (queries + M) + P))
+    assert max(words) < 32, f"{words} int32 words for each token and table entry"
+
+
 # Pools beyond 2**31 elements.
 
 HUGE = dict(layers=80, pages=2**18, heads=8, slots=16, width=128)  # 6.9e12 elements; 2.7e9 slots of one head

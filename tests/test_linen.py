@@ -143,6 +143,21 @@ def test_ragged_rows_see_only_themselves():
     assert paxcache.linen.get_cache(variables).seq_lens.tolist() == [0, 4]
 
 
+def test_ragged_chunks_equal_the_dense_cache():
+    model, tokens = Model(num_layers=1), make_tokens()
+    variables = init(model)
+    expected = stock_decode(None, variables["params"], tokens)
+    variables = paxcache.linen.init_cache(variables, make_config(num_layers=1))
+    done = np.zeros(2, int)
+    for lens in ([3, 2], [0, 2], [2, 1]):
+        chunk = jnp.stack([jnp.roll(tokens[row], -done[row])[:3] for row in range(2)])
+        out, variables = forward(model, variables, chunk, lens)
+        for row, length in enumerate(lens):
+            close(out[row, :length], expected[row, done[row] : done[row] + length])
+        done += lens
+    assert done.tolist() == [5, 5]
+
+
 @pytest.mark.parametrize("axis", [0, 1], ids=["one row", "rows of one token"])
 def test_packed_step_equals_the_row_aligned_one(axis):
     model, tokens = Model(), make_tokens()
@@ -380,6 +395,227 @@ def test_scan_with_an_axis_for_the_cache_fails():
         forward(ScannedModel(carried=False), variables, make_tokens(1), [1, 1])
 
 
+class Lifted(nn.Module):
+    """Blocks of a lifted class."""
+
+    lift: Any
+    num_layers: int = 2
+    settings: Any = None
+
+    @nn.compact
+    def __call__(self, tokens, mask=None):
+        x = nn.Embed(V, F)(tokens)
+        for layer in range(self.num_layers):
+            x = self.lift(Block)(settings=self.settings, name=f"block_{layer}")(x, mask=mask)
+        return nn.Dense(V)(x)
+
+
+class Shared(nn.Module):
+    """One block that runs twice, by Python or by `nn.while_loop`."""
+
+    settings: Any = None
+    looped: bool = False
+
+    @nn.compact
+    def __call__(self, tokens, mask=None):
+        x, block = nn.Embed(V, F)(tokens), Block(settings=self.settings, name="block")
+        if self.is_initializing():
+            return nn.Dense(V)(block(x, mask=mask))
+
+        def body(model, carry):
+            del model
+            return carry[0] + 1, block(carry[1], mask=mask)
+
+        if self.looped:
+            _, x = nn.while_loop(lambda _, c: c[0] < 2, body, self, (0, x), carry_variables="cache")
+        else:
+            x = block(block(x, mask=mask), mask=mask)
+        return nn.Dense(V)(x)
+
+
+class Rescanned(nn.Module):
+    """Layers under an `nn.scan` of rematerialised blocks, as large models have them."""
+
+    settings: Any = None
+
+    @nn.compact
+    def __call__(self, tokens, mask=None):
+        axes: dict[str, Any] = dict(variable_axes={"params": 0}, variable_carry="cache", in_axes=nn.broadcast)
+        blocks = nn.scan(nn.remat(ScannedBlock), split_rngs={"params": True}, length=2, **axes)
+        x, _ = blocks(self.settings, name="blocks")(nn.Embed(V, F)(tokens), mask)
+        return nn.Dense(V)(x)
+
+
+def no_lift(block):
+    return block
+
+
+def vmapped(axis: int | None) -> Any:
+    def lift(block):
+        axes: dict[Any, Any] = {"params": None, "cache": axis}
+        return nn.vmap(block, variable_axes=axes, split_rngs={"params": False}, in_axes=0)
+
+    return lift
+
+
+def greedy(model: nn.Module, variables: Any, prompt: list[int], length: int) -> list[int]:
+    """Tokens by full recomputation."""
+    tokens = list(prompt)
+    for _ in range(length):
+        given = jnp.array([tokens])
+        logits: Any = model.apply(
+            {"params": variables["params"]}, given, mask=nn.make_causal_mask(given), mutable=["cache"]
+        )[0]
+        tokens.append(int(jnp.argmax(logits[0, -1])))
+    return tokens[len(prompt) :]
+
+
+OFF = dict(decode=False)
+BY_COUNT = dict(count_calls=True)
+RUN = {  # model, its stock form, layers of the cache, options
+    "nn.remat around all layers": (Lifted(nn.remat, 1), Lifted(no_lift, 1, OFF), 1, {}),
+    "nn.jit around all layers": (Lifted(nn.jit, 1), Lifted(no_lift, 1, OFF), 1, {}),
+    "nn.scan of nn.remat": (Rescanned(), Rescanned(OFF), 2, dict(scanned_in=("blocks",))),
+    "shared weights": (Shared(), Shared(OFF), 2, BY_COUNT),
+}
+
+
+@pytest.mark.parametrize("case", RUN)
+def test_models_that_generate_runs(case):
+    model, stock, num_layers, options = RUN[case]
+    variables, config = init(model), make_config(num_layers=num_layers)
+    fn, params = paxcache.linen.model_fn(model, variables, config, **options)
+    prompts = [[1, 2, 3], [4]]
+    result = paxcache.generate(fn, params, paxcache.init(config), prompts, max_new_tokens=3)
+    assert result.to_lists() == [greedy(stock, variables, prompt, 3) for prompt in prompts]
+
+
+class Cross(nn.Module):
+    """Attends to itself, then to something else of as many tokens, which nothing else would catch."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = Block(name="block")(nn.Embed(V, F)(tokens))
+        return Paged(num_heads=H, decode=True, name="cross")(x, jnp.ones_like(x))
+
+
+UNSCANNED = "If layers run under nn.scan: nn.scan must carry the cache.*scanned_in"
+REFUSED = {
+    "nn.remat": (Lifted(nn.remat), {}, "nn.remat hides a cache.*built without nn.remat"),
+    "nn.jit": (Lifted(nn.jit), {}, "nn.jit hides a cache.*jit model.apply"),
+    "nn.vmap, cache broadcast": (Lifted(vmapped(None)), {}, "nn.vmap maps over the layer.*with all rows"),
+    "nn.vmap, cache mapped": (Lifted(vmapped(0)), {}, "nn.vmap maps over the layer.*with all rows"),
+    "nn.scan, cache sliced": (ScannedModel(carried=False, num_layers=2), {}, UNSCANNED),
+    "nn.scan, cache sliced, scanned_in": (
+        ScannedModel(carried=False, num_layers=2),
+        dict(scanned_in=("blocks",)),
+        'variable_axes: the paged cache has no axis.*variable_carry="cache"',
+    ),
+    "nn.scan without scanned_in": (ScannedModel(num_layers=2), {}, UNSCANNED),
+    "nn.scan elsewhere": (
+        ScannedModel(num_layers=2),
+        dict(scanned_in=("other",)),
+        "scanned_in: other has no parameters; known there: Embed_0, blocks",
+    ),
+    "shared weights": (Shared(), {}, "2 layers, but 1 paged layers were found.*count_calls=True"),
+    "nn.while_loop": (
+        Shared(looped=True),
+        BY_COUNT,
+        r"nn.while_loop loses.*Python loop, with init_cache\(count_calls=True",
+    ),
+    "cross-attention": (Cross(), {}, "inputs_k: expected None or inputs_q itself.*decode=False in Linen"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:kwargs are not supported in vmap:RuntimeWarning")
+@pytest.mark.parametrize("case", REFUSED)
+def test_models_that_are_refused_say_what_to_write(case):
+    model, options, match = REFUSED[case]
+    config = make_config()
+    cache, step = paxcache.extend(paxcache.init(config), jnp.array([2, 0]), num_tokens=2)
+    with pytest.raises(ValueError, match=f"(?s){match}"):
+        fn, params = paxcache.linen.model_fn(model, init(model), config, **options)
+        jax.eval_shape(fn, params, jnp.array([1, 2]), cache, step, jnp.array([1]))
+
+
+def test_counted_calls():
+    model, tokens = Shared(), make_tokens(1)
+    variables = init(model)
+    few = paxcache.linen.init_cache(variables, make_config(num_layers=1), count_calls=True)
+    out, _ = forward(model, few, tokens, [1, 1])
+    assert np.isnan(out).all()
+    groups = (paxcache.LayerGroup(num_layers=1, num_kv_heads=H, head_dim=D),) * 2
+    config = paxcache.CacheConfig(groups=groups, num_pages=16, max_seqs=2, max_pages_per_seq=4)
+    with pytest.raises(ValueError, match="one layer group"):
+        paxcache.linen.init_cache(variables, config, count_calls=True)
+    with pytest.raises(ValueError, match="head_dim=4"):
+        paxcache.linen.init_cache(variables, make_config(head_dim=8), count_calls=True)
+
+
+# Configs read from models.
+
+
+class Windowed(nn.Module):
+    """Three layers of its own: other widths for values, and a window in the second and third."""
+
+    @nn.compact
+    def __call__(self, x):
+        q, k = nn.DenseGeneral((4, 8), name="q")(x), nn.DenseGeneral((2, 8), name="k")(x)
+        v = nn.DenseGeneral((2, 6), name="v")(x)
+        for layer in range(3):
+            window = dict(sliding_window=3) if layer else {}
+            x = Attend(name=f"layer_{layer}")(q, k, v, window)
+        return x
+
+
+class Attend(nn.Module):
+    @nn.compact
+    def __call__(self, q, k, v, window):
+        return paxcache.linen.attend(self, q, k, v, **window)
+
+
+def test_a_config_is_read_from_the_variables():
+    sizes: dict[str, Any] = dict(page_size=S, num_pages=16, max_seqs=2, max_pages_per_seq=4)
+    expected = make_config()
+    config = paxcache.linen.cache_config(jax.eval_shape(lambda: init(Model())), **sizes)
+    for name in ("num_layers", "num_kv_heads", "head_dim", "dtype", "page_bytes", "pool_bytes"):
+        assert getattr(config, name) == getattr(expected, name), name
+    x = jnp.ones((2, 1, F))
+    variables = Windowed().init(jax.random.key(0), x)
+    config = paxcache.linen.cache_config(variables, **sizes)
+    groups = config.layer_groups
+    assert [(g.num_layers, g.num_kv_heads, g.head_dim, g.v_head_dim, g.sliding_window) for g in groups] == [
+        (1, 2, 8, 6, None),
+        (2, 2, 8, 6, 3),
+    ]
+    variables = paxcache.linen.init_cache(variables, config)
+    out, _ = forward(Windowed(), variables, x, [1, 1])
+    assert out.shape == (2, 1, 4, 6)
+    scanned = init(ScannedModel(num_layers=3))
+    config = paxcache.linen.cache_config(scanned, scanned_in=("blocks",), **sizes)
+    assert (config.num_layers, config.num_kv_heads, config.head_dim) == (3, H, D)
+    paxcache.linen.init_cache(scanned, config, scanned_in=("blocks",))
+    assert paxcache.linen.cache_config(init(Shared()), num_layers=4, **sizes).num_layers == 4
+    given = CustomModel(dense=True).init(jax.random.key(0), jnp.ones((2, 3, F)), jnp.zeros((2, 3), jnp.int32))
+    assert paxcache.linen.cache_config(given, **sizes).num_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "error", "match"),
+    [
+        (lambda: 3, {}, TypeError, "variables: expected a mapping"),
+        (lambda: {"params": {}}, {}, ValueError, "no paged layer found"),
+        (lambda: init(ScannedModel()), dict(scanned_in="blocks"), TypeError, "scanned_in: expected a tuple"),
+        (lambda: init(Model()), dict(head_dim=4), TypeError, "head_dim is read from the model"),
+        (lambda: init(Model()), dict(pages=4), TypeError, "pages is no argument of CacheConfig"),
+    ],
+)
+def test_configs_that_cannot_be_read(variables, arguments, error, match):
+    sizes = {"num_pages": 16, "max_seqs": 2, "max_pages_per_seq": 4, **arguments}
+    with pytest.raises(error, match=match):
+        paxcache.linen.cache_config(variables(), **sizes)
+
+
 def test_lifted_layers_that_share_a_cache_fail():
     class Remat(nn.Module):
         @nn.compact
@@ -583,6 +819,21 @@ def test_wrong_types():
     variables = init(Model())
     with pytest.raises(TypeError, match="CacheConfig or a PagedKVCache"):
         paxcache.linen.init_cache(variables, 7)  # pyright: ignore[reportArgumentType]
+    wrong: Any = 7
+    with pytest.raises(TypeError, match="variables: expected a mapping"):
+        paxcache.linen.init_cache(wrong, make_config())
+    with pytest.raises(TypeError, match="variables: expected a mapping"):
+        paxcache.linen.get_cache(wrong)
+    with pytest.raises(TypeError, match="model: expected a Module"):
+        paxcache.linen.model_fn(wrong, variables, make_config())
+    with pytest.raises(TypeError, match="config: expected a CacheConfig"):
+        paxcache.linen.model_fn(Model(), variables, wrong)
+    with pytest.raises(TypeError, match="call: expected a function"):
+        paxcache.linen.model_fn(Model(), variables, make_config(), call=wrong)
+    with pytest.raises(TypeError, match="cache: expected a PagedKVCache"):
+        paxcache.linen.replace_cache(paxcache.linen.init_cache(variables, make_config()), wrong)
+    with pytest.raises(TypeError, match="module: expected a Module"):
+        paxcache.linen.attend(wrong, *jnp.ones((3, 2, 1, H, D)))
     for call in (paxcache.linen.get_cache, lambda v: paxcache.linen.extend(v, jnp.ones(2), max_query_len=1)):
         with pytest.raises(ValueError, match="expected a paged cache"):
             call(variables)

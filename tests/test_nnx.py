@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +118,24 @@ def test_ragged_rows_see_only_themselves():
             close(out[row, 0], expected[row, length + t])
     assert cache.kv.seq_lens.tolist() == [5, 4]
     paxcache.check(cache.kv)
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_ragged_chunks_equal_the_dense_cache(rotary):
+    rope = functools.partial(nnx.dot_product_attention_with_rope, rope=nnx.RoPE(theta=100.0))
+    variant: dict[str, Any] = dict(attention_fn=rope) if rotary else {}
+    model, tokens = Model(**variant), make_tokens()
+    expected = causal(model, tokens) if rotary else stock_decode(model, tokens)  # decoding, it turns nothing
+    paged, cache = paxcache.nnx.paginate(model, make_config())
+    done = np.zeros(2, int)
+    for lens in ([3, 2], [0, 2], [2, 1]):
+        chunk = jnp.stack([jnp.roll(tokens[row], -done[row])[:3] for row in range(2)])
+        cache.extend(jnp.array(lens), max_query_len=3)
+        out = paged(chunk)
+        for row, length in enumerate(lens):
+            close(out[row, :length], expected[row, done[row] : done[row] + length])
+        done += lens
+    assert done.tolist() == [5, 5]
 
 
 @pytest.mark.parametrize("axis", [0, 1], ids=["one row", "rows of one token"])
@@ -365,6 +384,259 @@ def test_scan_that_does_not_carry_the_cache_fails():
         paged(jnp.ones((2, 1, F)))
 
 
+# Models as they come: each runs in `generate`, or is refused by a message of its own.
+
+
+def greedy(model: Any, prompt: list[int], length: int) -> list[int]:
+    """Tokens by full recomputation."""
+    tokens = list(prompt)
+    for _ in range(length):
+        tokens.append(
+            int(jnp.argmax(model(jnp.array([tokens]), mask=nnx.make_causal_mask(jnp.array([tokens])))[0, -1]))
+        )
+    return tokens[len(prompt) :]
+
+
+class Lifted(Model):
+    """Blocks called through a transformation; with `shared`, one block instead of two."""
+
+    def __init__(self, lift: Any, *, shared: bool = False):
+        super().__init__()
+        self.lift = lift
+        if shared:
+            self.blocks = nnx.List([self.blocks[0], self.blocks[0]])
+
+    def __call__(self, tokens, mask=None):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = self.lift(block, x, mask)
+        return self.head(x)
+
+
+class Looped(Model):
+    """One block in a loop of NNX, two times."""
+
+    def __init__(self, loop: Any):
+        super().__init__(num_layers=1)
+        self.loop = loop
+
+    def __call__(self, tokens, mask=None):
+        return self.head(self.loop(self.blocks[0], self.embed(tokens), mask))
+
+
+class Stacked(Model):
+    """Two blocks under an `nnx.scan`."""
+
+    def __init__(self, axes: Any):
+        super().__init__(num_layers=1)
+        self.body = ScannedModel(2, axes=axes)
+        del self.blocks
+
+    def __call__(self, tokens, mask=None):
+        return self.head(self.body(self.embed(tokens), mask=mask))
+
+
+class Cross(Model):
+    """Attends to itself, then to something else of as many tokens, which nothing else would catch."""
+
+    def __call__(self, tokens, mask=None):
+        x = self.blocks[0](self.embed(tokens), mask=mask)
+        other = jnp.ones_like(x)
+        return self.head(x + self.blocks[1].attention(x, other))
+
+
+def call(block, x, mask):
+    return block(x, mask=mask)
+
+
+def in_fori_loop(block, x, mask):
+    return nnx.fori_loop(0, 2, lambda _, c: (c[0], c[0](c[1], mask=mask)), (block, x))[1]
+
+
+def in_while_loop(block, x, mask):
+    def body(c):
+        return c[0], c[0](c[1], mask=mask), c[2] + 1
+
+    return nnx.while_loop(lambda c: c[2] < 2, body, (block, x, 0))[1]
+
+
+def in_cond(block, x, mask):
+    return nnx.cond(True, lambda block, x: block(x, mask=mask), lambda block, x: x, block, x)
+
+
+def through(transform: Any) -> Any:
+    """The block called under a transformation."""
+    return lambda block, x, mask: transform(lambda block, x: block(x, mask=mask))(block, x)
+
+
+CARRIED = nnx.StateAxes({nnx.Cache: nnx.Carry, ...: 0})
+BY_COUNT = dict(count_calls=True)
+RUN = {
+    "nnx.remat": (lambda: Lifted(through(nnx.remat)), {}),
+    "nnx.jit": (lambda: Lifted(through(nnx.jit)), {}),
+    "nnx.scan with the cache carried": (lambda: Stacked(CARRIED), {}),
+    "shared weights": (lambda: Lifted(call, shared=True), BY_COUNT),
+    "nnx.fori_loop": (lambda: Looped(in_fori_loop), BY_COUNT),
+    "nnx.while_loop": (lambda: Looped(in_while_loop), BY_COUNT),
+}
+
+
+@pytest.mark.parametrize("case", RUN)
+def test_models_that_generate_runs(case):
+    make, options = RUN[case]
+    model, prompt = make(), [1, 2, 3]
+    settings = dict(num_kv_heads=1) if isinstance(model, Stacked) else {}
+    config = make_config(**settings)
+    fn, params = paxcache.nnx.model_fn(model, config, **options)
+    result = paxcache.generate(fn, params, paxcache.init(config), [prompt, [4]], max_new_tokens=3)
+    assert result.to_lists() == [greedy(model, prompt, 3), greedy(model, [4], 3)]
+
+
+def test_model_fn_in_tree_mode():
+    model, config = Model(), make_config()
+    with nnx.set_graph_mode(False):
+        fn, params = paxcache.nnx.model_fn(model, config)
+        result = paxcache.generate(fn, params, paxcache.init(config), [[1, 2, 3]], max_new_tokens=3)
+    assert result.to_lists() == [greedy(model, [1, 2, 3], 3)]
+
+
+BY_REFERENCE = r"share it by reference.*nnx\.jit\(\.\.\., graph=True\).*model_fn"
+REFUSED = {
+    "jax.jit": (lambda: Lifted(through(jax.jit)), TypeError, BY_REFERENCE),
+    "jax.checkpoint": (lambda: Lifted(through(jax.checkpoint)), TypeError, BY_REFERENCE),
+    "tree mode": (
+        lambda: Lifted(through(functools.partial(nnx.jit, graph=False))),
+        TypeError,
+        BY_REFERENCE,
+    ),
+    "nnx.cond": (lambda: Lifted(in_cond), TypeError, "in one branch of a cond"),
+    "nnx.fori_loop": (lambda: Looped(in_fori_loop), TypeError, "inside a loop needs count_calls=True"),
+    "nnx.while_loop": (lambda: Looped(in_while_loop), ValueError, "inside a loop needs count_calls=True"),
+    "nnx.vmap": (
+        lambda: Lifted(
+            lambda block, x, mask: nnx.vmap(
+                lambda block, x: block(x[None], mask=mask)[0], in_axes=(None, 0), out_axes=0
+            )(block, x)
+        ),
+        ValueError,
+        "cannot be mapped over them by vmap",
+    ),
+    "nnx.scan that slices the cache": (
+        lambda: Stacked(0),
+        ValueError,
+        r"must carry it: in_axes=nnx\.StateAxes",
+    ),
+    "cross-attention": (Cross, ValueError, "inputs_k: expected None or inputs_q itself.*only= in NNX"),
+    "shared weights": (
+        lambda: Lifted(call, shared=True),
+        ValueError,
+        "1 attention layers found, but the cache has 2.*count_calls=True",
+    ),
+    "ToNNX": (
+        lambda: nnx.bridge.ToNNX(nn.MultiHeadDotProductAttention(num_heads=H), rngs=nnx.Rngs(0)),
+        ValueError,
+        "wraps a Linen module.*paxcache.linen.model_fn",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_models_that_are_refused_say_what_to_write(case):
+    make, error, match = REFUSED[case]
+    model = make()
+    num_layers = 1 if isinstance(model, Looped) else 2
+    config = make_config(num_layers=num_layers, num_kv_heads=1 if isinstance(model, Stacked) else H)
+    cache, step = paxcache.extend(paxcache.init(config), jnp.array([2, 0]), num_tokens=2)
+    with pytest.raises(error, match=f"(?s){match}"):
+        fn, params = paxcache.nnx.model_fn(model, config)
+        jax.eval_shape(fn, params, jnp.array([1, 2]), cache, step, jnp.array([1]))
+
+
+def test_a_module_handed_to_plain_jit_or_tree_mode():
+    paged, cache = paxcache.nnx.paginate(Model(), make_config())
+    cache.extend(jnp.array([1, 1]), max_query_len=1)
+    for jit in (jax.jit, functools.partial(nnx.jit, graph=False)):
+        with pytest.raises(TypeError, match=BY_REFERENCE):
+            jit(lambda model, tokens: model(tokens))(paged, make_tokens(1))
+    assert nnx.jit(lambda model, tokens: model(tokens))(paged, make_tokens(1)).shape == (2, 1, 11)
+
+
+def test_more_calls_than_layers_give_nan():
+    model, tokens = Lifted(call, shared=True), make_tokens(1)
+    paged, cache = paxcache.nnx.paginate(model, make_config(num_layers=1), count_calls=True)
+    cache.extend(jnp.array([1, 1]), max_query_len=1)
+    assert np.isnan(paged(tokens)).all()
+    with pytest.raises(ValueError, match="one layer group"):
+        groups = (paxcache.LayerGroup(num_layers=1, num_kv_heads=H, head_dim=D),) * 2
+        config = paxcache.CacheConfig(groups=groups, num_pages=16, max_seqs=2, max_pages_per_seq=4)
+        paxcache.nnx.paginate(model, config, count_calls=True)
+
+
+def test_counted_passes_can_be_the_carry_of_a_loop():
+    model, tokens = Lifted(call, shared=True), make_tokens(4)
+    expected = model(tokens, mask=nnx.make_causal_mask(tokens))
+    paged, _ = paxcache.nnx.paginate(model, make_config(), count_calls=True)
+    graphdef, state, params = nnx.split(paged, nnx.Cache, ...)
+
+    def body(state, tokens):
+        model = nnx.merge(graphdef, state, params, copy=True)
+        cache = paxcache.nnx.get_cache(model)
+        cache.extend(jnp.ones(2, jnp.int32), max_query_len=1)
+        logits = model(tokens[:, None])[:, 0]
+        cache.finish()
+        return nnx.state(model, nnx.Cache), logits
+
+    _, logits = jax.lax.scan(body, state, tokens.T)
+    close(jnp.moveaxis(logits, 0, 1), expected)
+
+
+# Configs read from models.
+
+
+def test_a_config_is_read_from_the_model():
+    sizes: dict[str, Any] = dict(page_size=S, num_pages=16, max_seqs=2, max_pages_per_seq=4)
+    expected = make_config(**dict(num_kv_heads=1))
+    config = paxcache.nnx.cache_config(Model(num_kv_heads=1), **sizes)
+    for name in ("num_layers", "num_kv_heads", "head_dim", "dtype", "page_bytes", "pool_bytes"):
+        assert getattr(config, name) == getattr(expected, name), name
+    model = Model(num_layers=3)
+    rngs = nnx.Rngs(0)
+    model.blocks[1].attention = nnx.MultiHeadAttention(H, F, num_kv_heads=1, dtype=jnp.bfloat16, rngs=rngs)
+    groups = paxcache.nnx.cache_config(model, **sizes).layer_groups
+    assert [(g.num_layers, g.num_kv_heads, g.dtype) for g in groups] == [
+        (1, 2, jnp.float32),
+        (1, 1, jnp.bfloat16),
+        (1, 2, jnp.float32),
+    ]
+    paxcache.nnx.paginate(model, paxcache.nnx.cache_config(model, **sizes))
+    stacked = paxcache.nnx.cache_config(Stacked(0), **sizes, dtype=jnp.bfloat16, quantization="int8")
+    assert stacked.layer_groups[0].num_layers == 2 and stacked.quantization == "int8"
+    shared = paxcache.nnx.cache_config(Lifted(call, shared=True), num_layers=5, **sizes)
+    assert shared.num_layers == 5
+    fitted = paxcache.nnx.cache_config(Model(), memory_bytes=1 << 16, max_seqs=2, max_pages_per_seq=4)
+    assert fitted.pool_bytes <= 1 << 16 < fitted.pool_bytes + fitted.page_bytes
+    one = paxcache.nnx.cache_config(Model(), only=lambda path, _: path[1] == 1, **sizes)
+    assert one.num_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "error", "match"),
+    [
+        (lambda: 3, {}, TypeError, "model: expected"),
+        (lambda: nnx.Linear(2, 2, rngs=nnx.Rngs(0)), {}, ValueError, "0 attention layers.*PagedCache.attend"),
+        (Model, dict(head_dim=4), TypeError, "head_dim is read from the model"),
+        (Model, dict(pages=4), TypeError, "pages is no argument of CacheConfig"),
+        (Model, dict(memory_bytes=4), TypeError, "exactly one of num_pages and memory_bytes"),
+        (Model, dict(num_layers=0), ValueError, "num_layers must be at least 1"),
+    ],
+)
+def test_configs_that_cannot_be_read(model, arguments, error, match):
+    with pytest.raises(error, match=match):
+        paxcache.nnx.cache_config(
+            model(), **{"num_pages": 16, "max_seqs": 2, "max_pages_per_seq": 4, **arguments}
+        )
+
+
 # Beside the stock layers.
 
 
@@ -527,8 +799,28 @@ def test_wrong_types():
         paxcache.nnx.PagedCache(7)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="one PagedCache"):
         paxcache.nnx.model_fn(Model())
+    paged, cache = paxcache.nnx.paginate(Model(), make_config())
     with pytest.raises(ValueError, match="only with config"):
-        paxcache.nnx.model_fn(paxcache.nnx.paginate(Model(), make_config())[0], only=nnx.Linear)
+        paxcache.nnx.model_fn(paged, only=nnx.Linear)
+    wrong: Any = 7
+    with pytest.raises(TypeError, match="model: expected a Module"):
+        paxcache.nnx.paginate(wrong, make_config())
+    with pytest.raises(TypeError, match="model: expected a Module"):
+        paxcache.nnx.model_fn(wrong, make_config())
+    with pytest.raises(TypeError, match="model: expected a Module"):
+        paxcache.nnx.get_cache(wrong)
+    with pytest.raises(TypeError, match="config: expected a CacheConfig"):
+        paxcache.nnx.model_fn(Model(), wrong)
+    with pytest.raises(TypeError, match="call: expected a function"):
+        paxcache.nnx.model_fn(Model(), make_config(), call=wrong)
+    with pytest.raises(TypeError, match="kv: expected a PagedKVCache"):
+        cache.kv = wrong
+    with pytest.raises(TypeError, match="cache: expected a PagedCache"):
+        paxcache.nnx.DenseCache(wrong, max_len=3)
+    with pytest.raises(ValueError, match=r"expected logits \[T=2, 1, V\].*call="):
+        fn, params = paxcache.nnx.model_fn(nnx.Sequential(Model(), lambda x: x[:, 0]), make_config())
+        cache, step = paxcache.extend(paxcache.init(make_config()), jnp.array([2, 0]), num_tokens=2)
+        fn(params, jnp.array([1, 2]), cache, step, jnp.array([1]))
 
 
 def test_only_picks_layers():

@@ -88,6 +88,11 @@ def test_a_cpu_is_no_gpu():
     assert binding == (None, os.sched_getaffinity(0), "cpu:0 is no GPU")
 
 
+def test_what_is_no_device_is_refused():
+    with pytest.raises(TypeError, match="device: expected a Device"):
+        offload.bind_thread("cuda:0")
+
+
 @pytest.mark.gpu
 def test_a_gpu_is_found_or_the_reason_given():
     binding = in_a_thread(lambda: offload.bind_thread(jax.devices("gpu")[0]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 import paxcache
 from driver import config_of, copy_of
 from layouts import LAYOUTS, assert_same, bits, group, ids, with_random_bits
-from paxcache import offload
+from paxcache import offload, prefix
 from paxcache._types import Pages
 from paxcache.offload import _pages
 from test_in_place import _HOST, assert_in_place, cache_shapes, shape, text_of
@@ -176,6 +175,100 @@ def test_outside_jit_no_program_holds_a_large_transfer(monkeypatch):
     inside = jax.jit(functools.partial(offload.swap_out, by_layer=True))(cache, ids(0, 1))
     assert_same(inside, extent)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(inside.blocks)} == {"pinned_host"}
+
+
+def test_chosen_layers_leave_and_come_back():
+    """Two layers of three, in two groups; what came to the others meanwhile stays."""
+    config = LAYOUTS["groups"]
+    cache = filled(config, (13, 6, 0, 0))
+    held = [np.flatnonzero(g.ref_counts) for g in cache.groups]
+    (whole, other) = names = (jnp.asarray([*held[0][1::-1], -1]), jnp.asarray(held[1][:2]))
+    extent = offload.swap_out(cache, names, layers=[1, (1, 0)])
+    by_layer = offload.swap_out(cache, names, by_layer=True)
+    assert extent.blocks[0][0] is None
+    assert_same((extent.blocks[0][1], extent.blocks[1]), (by_layer.blocks[0][1], by_layer.blocks[1]))
+    later = with_random_bits(cache, seed=4)
+    for swap_in in (offload.swap_in, jax.jit(offload.swap_in)):
+        after, found, ok = swap_in(later, extent, page_ids=names)
+        assert ok
+        assert_same(found, names)
+        for old, new, source, page_ids, chosen in zip(
+            later.groups, after.groups, cache.groups, (whole[:2], other), ([1], [0]), strict=True
+        ):
+            assert_same(new.ref_counts, old.ref_counts)
+            for a, b, c in zip(*(jax.tree.leaves(g.pages) for g in (old, new, source)), strict=True):
+                wanted = bits(a).copy()
+                for layer in chosen:
+                    wanted[layer, page_ids] = bits(c)[layer, page_ids]
+                np.testing.assert_array_equal(bits(b), wanted)
+    begun, arrival, found, ok = offload.begin_swap_in(cache, extent)
+    assert ok
+    with pytest.raises(ValueError, match="layer: 0 has landed already, or is none of those"):
+        offload.land(begun, 0, arrival)
+    after, _ = offload.land(*offload.land(begun, 1, arrival)[:1], 2, offload.land(begun, 1, arrival)[1])
+    assert_same(after, offload.swap_in(cache, extent)[0])
+
+
+def test_given_pages_are_somebodys_and_named_once():
+    cache = filled(config_of(), (9, 0, 0, 0))
+    extent = offload.swap_out(cache, ids(0, -1, 1))
+    for given, fits in (
+        (ids(2, 7, 1), True),
+        (ids(2, 2, 1), True),
+        (ids(1, -1, 1), False),
+        (ids(0, -1, 3), False),
+        (ids(0, -1, -1), False),
+        (ids(0, -1, 10), False),
+    ):
+        after, found, ok = offload.swap_in(cache, extent, page_ids=given)
+        assert ok == fits
+        if fits:
+            assert found[0].tolist() == [2, -1, 1]
+        else:
+            assert_same((after, found[0]), (cache, ids(-1, -1, -1)))
+
+
+EXHAUSTED = "RESOURCE_EXHAUSTED: Out of host memory while trying to allocate 512 bytes."
+
+
+def exhausted(*_, **__):
+    raise jax.errors.JaxRuntimeError(EXHAUSTED)
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["in the program", "outside"])
+def test_pinned_memory_that_is_not_there_is_named(within, monkeypatch):
+    """With the bytes that were wanted and the variable that bounds them; other errors stay what they are."""
+    config = config_of()
+    cache, host = filled(config, (8, 0, 0, 0)), offload.init(config, 4)
+    tier, index = offload.init_tier(config, 4), prefix.init(config)
+    cache, index = prefix.publish(cache, index, 0, range(8))
+    calls = {
+        "swap_out": lambda **kind: offload.swap_out(cache, ids(0, 1), **kind),
+        "preempt": lambda: offload.preempt(cache, host, ids(0)),
+        "write_through": lambda: offload.write_through(cache, index, tier, [range(8)]),
+        "sleep": lambda **kind: offload.sleep(cache, **kind),
+    }
+    num_bytes = 2 * 2 * 2 * 4 * 4 * 4  # two pages of two layers, keys and values, float32
+    if within:
+        monkeypatch.setattr(_pages, "_gather", exhausted)
+    else:
+        monkeypatch.setattr(_pages, "ONE_PROGRAM_BYTES", 0)
+        right = jax.device_put
+
+        def device_put(tree, place=None, **options):
+            named = any(getattr(x, "memory_kind", None) in offered for x in jax.tree.leaves(place))
+            return exhausted() if named else right(tree, place, **options)
+
+        offered = [memory.kind for memory in jax.devices()[0].addressable_memories()]
+        monkeypatch.setattr(jax, "device_put", device_put)
+    for call in calls.values():
+        with pytest.raises(MemoryError, match=f"no room for {num_bytes} bytes of pinned host memory") as info:
+            call()
+        assert "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB" in str(info.value) and EXHAUSTED in str(info.value)
+        assert isinstance(info.value.__cause__, jax.errors.JaxRuntimeError)
+    for name in ("swap_out", "sleep") if within else ():
+        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+            calls[name](memory_kind="device")
 
 
 def with_pages_of(cache, change):
@@ -338,6 +431,61 @@ def test_places_of_tickets_are_reused_but_old_tickets_are_not():
     assert new.ok and int(new.entry) == int(old.entry)
     assert not offload.resume(one, host, old, ids(0))[2]
     assert offload.resume(one, host, new, ids(0))[2]
+
+
+def test_a_ticket_of_another_account_is_refused():
+    """The two have given out the same serial numbers: only their identities tell them apart."""
+    config = config_of()
+    cache = filled(config, (9, 5, 0, 0))
+    ours, theirs = offload.init(config, 9), offload.init(config, 9)
+    idle, ours, mine = offload.preempt(cache, ours, ids(0))
+    _, theirs, foreign = offload.preempt(cache, theirs, ids(1))
+    assert mine.ok and foreign.ok
+    assert (int(mine.serial), int(mine.entry)) == (int(foreign.serial), int(foreign.entry))
+    for call in (
+        lambda: offload.resume(idle, ours, foreign, ids(0)),
+        lambda: offload.begin_resume(idle, ours, foreign, ids(0)),
+        lambda: offload.discard(ours, foreign),
+    ):
+        with pytest.raises(ValueError, match="ticket: made by another account than host"):
+            call()
+    after, account, ok = jax.jit(offload.resume)(idle, ours, foreign, ids(0))
+    assert not ok
+    assert_same((after, account), (idle, ours))
+    account, ok = jax.jit(offload.discard)(ours, foreign)
+    assert not ok
+    assert_same(account, ours)
+    assert offload.resume(idle, ours, mine, ids(0))[2]
+    assert jax.jit(offload.resume)(idle, ours, mine, ids(0))[2]
+    two = config_of(group(), group())
+    with pytest.raises(ValueError, match="ticket: expected one of 2 groups like host, got one of 1"):
+        offload.discard(offload.init(two, 9), foreign)
+
+
+def test_an_account_may_be_donated_and_tickets_stay():
+    """They share no buffer, the identity neither."""
+    config = config_of()
+    cache, host = filled(config, (4, 4, 0, 0)), offload.init(config, 4)
+    cache, host, first = offload.preempt(cache, host, ids(0))
+    cache, host, second = offload.preempt(cache, host, ids(1))
+    resume = jax.jit(offload.resume, donate_argnums=(0, 1))
+    for ticket, row in ((first, 2), (second, 3)):
+        cache, host, ok = resume(cache, host, ticket, ids(row))
+        assert ok
+    assert host.used.tolist() == [0] and not offload.discard(host, first)[1]
+
+
+def test_serial_numbers_start_again_where_int32_ends():
+    config = config_of()
+    cache, host = filled(config, (4, 4, 0, 0)), offload.init(config, 4)
+    host = dataclasses.replace(host, next_serial=jnp.int32(2**31 - 1))
+    one, host, old = offload.preempt(cache, host, ids(0))
+    one, host, new = offload.preempt(one, host, ids(1))
+    assert [int(t.serial) for t in (old, new)] == [2**31 - 1, 0]
+    for ticket, row in ((new, 3), (old, 2)):
+        one, host, ok = offload.resume(one, host, ticket, ids(row))
+        assert ok
+    assert host.used.tolist() == [0]
 
 
 def test_programs_are_compiled_once_per_size_class():
@@ -531,6 +679,19 @@ def test_fetched_layers_are_waited_for():
     assert_same((new, account, ok), expected)
 
 
+def test_layers_are_timed_one_by_one():
+    config = LAYOUTS["groups"]
+    cache = filled(config, (13, 6, 0, 0))
+    extent = offload.swap_out(cache, (ids(0, 1), ids(0)), layers=[0, 2])
+    cache, arrival, _, _ = offload.begin_swap_in(cache, extent)
+    (first, absent), (last,) = offload.time_layers(arrival)
+    assert absent is None and first is not None and last is not None and min(first, last) >= 0
+    with pytest.raises(ValueError, match="arrival: expected pages on the host, got some that fetch or land"):
+        offload.time_layers(offload.fetch(arrival))
+    with pytest.raises(TypeError, match="arrival: time_layers measures transfers from the host"):
+        jax.jit(offload.time_layers)(arrival)
+
+
 class Stuck:
     """A transfer that is never done."""
 
@@ -549,6 +710,7 @@ def test_a_time_out_names_the_layer():
     cache, arrival, _, _ = offload.begin_swap_in(cache, extent)
     arrival = offload.fetch(arrival)
     (first, second), last = arrival.blocks
+    assert second is not None
     stuck = Stuck(second.v)
     arrival = dataclasses.replace(arrival, blocks=((first, dataclasses.replace(second, v=stuck)), last))
     for timeout in (0, 0.01):
@@ -873,146 +1035,6 @@ def test_resize_by_group():
     cache = offload.resize(filled(LAYOUTS["groups"], (9, 4, 0, 0)), (4, 12))
     assert [g.ref_counts.shape[0] for g in cache.groups] == [4, 12]
     paxcache.check(cache)
-
-
-# The CPU store.
-
-
-def arrays_of_all_dtypes():
-    rng = np.random.default_rng(0)
-    names = ("float32", "float16", "bfloat16", "int8", "uint8", "float8_e4m3fn", "bool")
-    values = [rng.integers(0, 2, 48, np.uint8).view(bool) if n == "bool"
-              else rng.integers(0, 256, 48, np.uint8).view(jnp.dtype(n)) for n in names]  # fmt: skip
-    values = [v.reshape(2, -1) for v in values] + [np.zeros((0, 3), np.float32), np.array(1.5)]
-    return [b"key %d" % i for i in range(len(values))], values
-
-
-def test_store_gives_back_what_was_put():
-    store = offload.PageStore(max_bytes=1000)
-    keys, values = arrays_of_all_dtypes()
-    assert store.put(keys, values) == len(keys) == len(store)
-    for found, value in zip(store.get(keys), values, strict=True):
-        assert found is not None and found.dtype == value.dtype and found.shape == value.shape
-        assert found.tobytes() == value.tobytes()
-    assert store.get([b"another"]) == [None]
-    assert store.put([], []) == 0 and store.get([]) == []
-    assert store.num_bytes == sum(v.nbytes for v in values)
-
-
-def test_store_holds_copies():
-    store, array = offload.PageStore(max_bytes=100), np.zeros(4)
-    store.put([b"a"], [array])
-    array[:] = 1
-    (found,) = store.get([b"a"])
-    assert found is not None and not found.any()
-    with pytest.raises(ValueError, match="read-only"):
-        found[0] = 1
-
-
-def test_store_drops_the_least_recently_used():
-    store, page = offload.PageStore(max_bytes=32), np.zeros(2, np.float32)
-    store.put([b"a", b"b", b"c", b"d"], [page] * 4)
-    store.get([b"a"])
-    store.put([b"b"], [page])
-    store.put([b"e", b"f"], [page] * 2)
-    assert [x is not None for x in store.get([b"a", b"b", b"c", b"d", b"e", b"f"])] == [True, True, False, False,
-                                                                                      True, True]  # fmt: skip
-    assert store.num_bytes == 32
-    assert store.put([b"a"], [np.zeros(9, np.float32)]) == 0, "larger than the store"
-    assert store.get([b"a"]) == [None], "the old value of a key that was to hold another is stale"
-    assert store.num_bytes == 24 and len(store) == 3
-
-
-def test_saved_store_is_loaded(tmp_path):
-    store, (keys, values) = offload.PageStore(max_bytes=1000), arrays_of_all_dtypes()
-    store.put(keys, values)
-    store.get(keys[:1])
-    store.save(tmp_path / "store")
-    store.save(tmp_path / "store")
-    assert [p.name for p in tmp_path.iterdir()] == ["store"]
-    loaded = offload.PageStore.load(tmp_path / "store", max_bytes=1000)
-    for found, value in zip(loaded.get(keys), values, strict=True):
-        assert found is not None and found.dtype == value.dtype and found.shape == value.shape
-        assert found.tobytes() == value.tobytes()
-    small = offload.PageStore.load(tmp_path / "store", max_bytes=48)
-    assert [k for k, x in zip(keys, small.get(keys), strict=True) if x is not None] == [keys[0]]
-    offload.PageStore(max_bytes=1).save(tmp_path / "empty")
-    assert len(offload.PageStore.load(tmp_path / "empty", max_bytes=1)) == 0
-
-
-def test_damaged_file_is_refused(tmp_path):
-    store, path = offload.PageStore(max_bytes=1000), tmp_path / "store"
-    store.put(*arrays_of_all_dtypes())
-    store.save(path)
-    data = path.read_bytes()
-    for position in (25, len(data) // 2, len(data) - 1):
-        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
-        with pytest.raises(ValueError, match="path: expected a whole page store, got a damaged one"):
-            offload.PageStore.load(path, max_bytes=1000)
-    path.write_bytes(data[:-100])
-    with pytest.raises(ValueError, match="path: expected a whole page store"):
-        offload.PageStore.load(path, max_bytes=1000)
-    path.write_bytes(b"something else")
-    with pytest.raises(ValueError, match="path: expected a saved page store"):
-        offload.PageStore.load(path, max_bytes=1000)
-
-
-def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    store, path = offload.PageStore(max_bytes=1000), tmp_path / "store"
-    store.put([b"a"], [np.ones(3)])
-    store.save(path)
-    store.put([b"b"], [np.ones(4)])
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        store.save(path)
-    assert [p.name for p in tmp_path.iterdir()] == ["store"]
-    assert len(offload.PageStore.load(path, max_bytes=1000)) == 1
-
-
-def test_store_serves_many_threads(tmp_path):
-    """Values tell their key: no thread may see another key's, a torn one, or a store over its bound."""
-    store, num_keys = offload.PageStore(max_bytes=40 * 64), 100
-    keys = [b"%d" % i for i in range(num_keys)]
-
-    def work(seed):
-        rng = np.random.default_rng(seed)
-        hits = 0
-        for turn in range(150):
-            batch = rng.integers(0, num_keys, 5)
-            if seed % 2:
-                store.put([keys[i] for i in batch], [np.full(16, i, np.int32) for i in batch])
-            for i, found in zip(batch, store.get([keys[i] for i in batch]), strict=True):
-                if found is not None:
-                    hits += 1
-                    assert (found == i).all()
-            assert store.num_bytes <= store.max_bytes
-            if turn % 50 == 0:
-                store.save(tmp_path / "store")
-        return hits
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(work, range(8))) > 0
-    assert store.num_bytes == 64 * len(store) <= store.max_bytes
-    assert len(offload.PageStore.load(tmp_path / "store", max_bytes=40 * 64)) <= 40
-
-
-def test_arguments_of_the_store_are_named():
-    store = offload.PageStore(max_bytes=100)
-    cases = (
-        (ValueError, "max_bytes must be at least 1", lambda: offload.PageStore(0)),
-        (ValueError, "arrays: expected one for each of 1", lambda: store.put([b"a"], [])),
-        (TypeError, "keys: expected bytes", lambda: store.put([b"b", "a"], [np.ones(1)] * 2)),  # pyright: ignore
-        (TypeError, "keys: expected bytes", lambda: store.get(["a"])),  # pyright: ignore
-        (TypeError, "arrays: expected numbers", lambda: store.put([b"a"], [np.array([None])])),
-    )
-    for error, message, call in cases:
-        with pytest.raises(error, match=message):
-            call()
-    assert len(store) == 0
 
 
 # Arguments.

@@ -248,6 +248,23 @@ def test_merge_of_nothing_is_zero():
     assert (out == 0).all() and jnp.isneginf(lse).all()
 
 
+@pytest.mark.parametrize("no_key", [-np.inf, np.inf])
+@pytest.mark.parametrize("rest", [0.0, np.nan])
+def test_merge_takes_both_infinities_as_no_key(no_key, rest):
+    """FlashAttention marks rows without keys by +inf; other attention leaves NaN beside its -inf."""
+    outs = jnp.array([[[[2.0]], [[rest]]], [[[rest]], [[rest]]]])
+    lses = jnp.array([[[0.5], [no_key]], [[no_key], [no_key]]])
+    for function in (ops.merge_attention, jax.jit(ops.merge_attention)):
+        out, lse = function(outs, lses)
+        np.testing.assert_array_equal(out[:, 0, 0], [2, 0])
+        np.testing.assert_array_equal(lse[:, 0], [0.5, -np.inf])
+
+
+def test_merge_of_no_parts_is_refused():
+    with pytest.raises(ValueError, match="outs"):
+        ops.merge_attention(jnp.zeros((0, 2, 1, 4)), jnp.zeros((0, 2, 1)))
+
+
 def test_merge_with_one_part_is_that_part():
     rng = np.random.default_rng(0)
     outs = jnp.asarray(rng.standard_normal((2, 5, 3, 4)), jnp.float32)
@@ -583,6 +600,69 @@ def test_page_ops_name_the_bad_argument(what):
     function, arguments, name = BAD_PAGES[what]
     with pytest.raises((ValueError, TypeError), match=rf"\b{name}\b"):
         function(*arguments)
+
+
+@pytest.mark.parametrize("index", [-1, 2, -(2**31), 2**31 - 1])
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_an_index_past_the_layers_names_none(index, jit, form):
+    """As an array it may be traced: nothing is written and attention sees nothing, where JAX would wrap or clip."""
+    wrap = jax.jit if jit else lambda f: f
+    pool: Any = jnp.ones((2, 4, 1, 2, 8))
+    if form:
+        pool = ops.QuantizedPages(pool.astype(jnp.int8), jnp.ones((2, 4, 1, 2)))
+    new, slots, layer = jnp.full((3, 1, 8), 5.0), jnp.array([0, 3, 7]), jnp.int32(index)
+    written = wrap(functools.partial(ops.write_pages, implementation="xla"))(
+        pool, pool, new, new, slots, layer=layer
+    )
+    jax.tree.map(np.testing.assert_array_equal, written, (pool, pool))
+    out, lse = wrap(functools.partial(ops.paged_attention, return_lse=True, implementation="xla"))(
+        jnp.ones((1, 2, 8)), pool, pool, jnp.array([[3, 1]]), jnp.array([3]), layer=layer
+    )
+    assert (out == 0).all() and jnp.isneginf(lse).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.int64, list])
+@pytest.mark.parametrize("on", ["host", "device"])
+def test_slot_mappings_of_every_integer_type(dtype, on):
+    pool, new = jnp.zeros((4, 1, 2, 8)), jnp.ones((4, 1, 8))
+    past = 100 if dtype in (np.uint8, np.uint16, np.int8) else 2**31 + 1 if dtype is np.uint32 else 2**40 + 1
+    slots: Any = [1, 7, past, 0]
+    if dtype is not list:
+        slots = np.array(slots, dtype)
+    wanted, _ = ops.write_pages(pool, None, new, None, jnp.array([1, 7, -1, 0]))
+    with jax.enable_x64(on == "device"):
+        slots = jnp.asarray(np.asarray(slots)) if on == "device" else slots
+        found, _ = ops.write_pages(pool, None, new, None, slots, implementation="xla")
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_integers_past_int32_are_refused_by_name_wherever_they_come_from():
+    pool, lens = jnp.zeros((4, 1, 2, 8)), np.array([3])
+    attend: Any = functools.partial(ops.paged_attention, jnp.ones((1, 1, 8)), pool, pool)
+    for past in (np.array([2**31]), np.array([2**32 + 1], np.uint64), [2**31], [2**70]):
+        value: Any = past
+        table: Any = [value] if isinstance(value, list) else value[None]
+        for name, call in {
+            "block_tables": lambda table=table: attend(table, lens),
+            "seq_lens": lambda value=value: attend(np.array([[0, 1]]), value),
+            "src": lambda value=value: ops.copy_pages(pool[None], value, lens),
+            "dst": lambda value=value: ops.copy_pages(pool[None], lens, value),
+            "page_ids": lambda value=value: ops.gather_pages(pool[None], value),
+        }.items():
+            with pytest.raises(ValueError, match=rf"{name}.*int32"):
+                call()
+    with pytest.raises(ValueError, match=r"sliding_window.*2147483647"):
+        attend(np.array([[0, 1]]), lens, sliding_window=2**31)
+
+
+def test_wide_integers_on_the_device_stay_out_of_range():
+    """Their values may be traced: cut to int32's ends, where a wrapped one could name a page."""
+    pool = jnp.arange(4.0).reshape(1, 4)
+    with jax.enable_x64(True):
+        for ids in (jnp.array([2**32 + 1, -(2**32) + 1]), jnp.array([2**32 + 1, 2**63], jnp.uint64)):
+            for function in (ops.gather_pages, jax.jit(ops.gather_pages)):
+                np.testing.assert_array_equal(function(pool, ids), [[0.0], [0.0]])
 
 
 def test_messages_say_what_was_expected_and_what_came():

@@ -1071,6 +1071,166 @@ def test_a_pinned_node_that_is_cut_in_two_keeps_its_pin():
     w.check()
 
 
+@pytest.mark.parametrize("every", [4, 8, 16])
+def test_a_small_pool_beside_a_window_does_not_limit_the_rest(every):
+    """Five prompts stay whole in the group that sees all. Of the other, which has room for three of their windows and
+    what a row computes, the windows of those used last stay.
+    """
+    w = world(layer_group(), layer_group(sliding_window=6, num_pages=18), num_pages=64)
+    prompts = [[n] * 24 for n in range(5)]
+    for tokens in prompts:
+        w.admit(0, tokens)
+        for end in (*range(every, 24, every), 24):
+            needs = jnp.array([end - w.lens()[0], 0, 0, 0])
+            w.cache, w.index, _ = prefix.make_room(w.cache, w.index, needs, num_tokens=T)
+            w.compute(0, end)
+            w.publish(0)
+        w.release(0)
+        w.check()
+    assert w.index.num_entries == 30 and w.free(0) == 34
+    assert [w.match(tokens) for tokens in prompts[2:]] == [24] * 3
+    assert w.admit(1, [*prompts[4], 9, 9]) == 24 and (w.tables(1)[1] >= 0).sum() == 2
+    w.compute(1)
+    w.check()
+
+
+def test_pages_of_no_use_go_first_beside_a_window():
+    """A prompt of six pages holds all of them until room is short; then what goes on from its end needs three."""
+    w = world(layer_group(), layer_group(sliding_window=6, num_pages=16))
+    for n in range(2):
+        w.admit(0, [n] * 24)
+        for end in (8, 16, 24):
+            w.compute(0, end)
+            w.publish(0)
+        w.release(0)
+    assert w.free(1) == 4 and w.match([0] * 8) == 8
+    missing = w.free(1) + 6
+    w.cache, w.index, freed, gone = _host._evict(w.cache, w.index, [0, 6], "lru", None)
+    assert freed == [0, 6] and {len(some.places) for some in gone} == {3} and w.free(1) == missing
+    assert [w.match([n] * 24) for n in range(2)] == [24, 24] and w.match([0] * 8) == 0
+    w.check()
+    w.index, pin = prefix.pin(w.index, [0] * 24)
+    assert prefix.evictable(w.cache, w.index) == (6, 3)
+    w.cache, w.index, freed, _ = _host._evict(w.cache, w.index, [0, 9], "lru", None)
+    assert freed == [0, 3] and [w.match([n] * 24) for n in range(2)] == [24, 0]
+    w.index = prefix.unpin(w.index, pin)
+    assert w.evict(100) == 3 and w.index.num_entries == 0 and w.free(1) == 16
+    w.check()
+
+
+def test_chunks_published_as_they_are_computed_share_what_is_before_them():
+    """The 24 tokens that two prompts begin with are reused, however long the first one is beside its window."""
+    w = world(layer_group(), layer_group(sliding_window=6, num_pages=16), max_pages_per_seq=16)
+    w.admit(0, range(50))
+    while (length := w.lens()[0]) < 50:
+        w.compute(0, min(length + 8, 50))
+        w.publish(0)
+    assert w.admit(1, [*range(24), *range(90, 99)]) == 24
+    w.compute(1)
+    w.check()
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 5, 9])
+def test_models_of_windows_alone(window):
+    """Entries without a page lead to those that have one, and none is left when all pages are gone."""
+    w = world(layer_group(sliding_window=window), num_pages=20)
+    for n in range(12):
+        w.admit(0, tokens := [n % 5] * 21)
+        while (length := w.lens()[0]) < 21:
+            w.cache, w.index, _ = prefix.make_room(w.cache, w.index, jnp.array([8, 0, 0, 0]), num_tokens=T)
+            assert w.compute(0, min(length + 8, 21)) == paxcache.Status.OK
+            w.publish(0)
+        w.check()
+        w.release(0)
+        assert w.match(tokens) == 21 // 4 * 4
+    assert prefix.evictable(w.cache, w.index) == (20 - w.free(),)
+    w.evict(20)
+    w.check()
+    assert w.index.num_entries == 0 and w.free() == 20
+
+
+def test_what_could_go():
+    w = world(num_pages=24)
+    for n in range(3):
+        w.serve(0, [n] * 12)
+    assert prefix.evictable(w.cache, w.index) == (9,)
+    w.index, _ = prefix.pin(w.index, [0] * 8)
+    w.admit(1, [*[1] * 8, 5])  # uses two pages
+    before = w.index
+    assert prefix.evictable(w.cache, w.index) == (1 + 1 + 3,)
+    assert w.index is before and w.evict(100) == 5 and prefix.evictable(w.cache, w.index) == (0,)
+
+
+# Whose pages they are.
+
+
+def test_an_index_of_another_cache_is_refused():
+    """Of another run with the same calls, from before an eviction, or after one: no page changes hands."""
+    mine, other = world(), world()
+    mine.serve(0, range(12))
+    other.serve(0, range(1, 13))
+    old = mine.cache, mine.index
+    mine.evict(1)
+    pairs = [(mine.cache, other.index), (other.cache, mine.index), (mine.cache, old[1]), (old[0], mine.index)]
+    pairs += [(paxcache.init(mine.config), mine.index)]
+    lens = jnp.ones(4, jnp.int32)
+    tier = offload.init_tier(mine.config, 10)
+    for cache, index in pairs:
+        for call in (
+            lambda c, i: prefix.admit(c, i, 0, range(12)),
+            lambda c, i: prefix.publish(c, i, 0, range(12)),
+            lambda c, i: prefix.evict(c, i, 1),
+            prefix.evictable,
+            lambda c, i: prefix.make_room(c, i, lens, num_tokens=4),
+            prefix.reset,
+            lambda c, i: offload.evict(c, i, tier, 1),
+            lambda c, i: offload.write_through(c, i, tier, [range(12)]),
+        ):
+            with pytest.raises(ValueError, match="index: the pages it holds are not this cache's"):
+                call(cache, index)
+
+
+def test_a_pair_is_one_whatever_else_happens_to_it():
+    """Other calls, donation, another version of the two, and an index that holds nothing."""
+    w = world()
+    w.serve(0, range(12))
+    old = w.cache, w.index
+    w.admit(1, range(16))
+    w.compute(1)
+    w.cache, _ = paxcache.fork(w.cache, jnp.array([1]), jnp.array([2]))
+    w.cache = paxcache.reorder(w.cache, jnp.array([0, 2, 1, -1]))
+    host = offload.init(w.config, 10)
+    w.cache, host, ticket = offload.preempt(w.cache, host, jnp.array([1]))
+    w.cache, host, _ = offload.resume(w.cache, host, ticket, jnp.array([1]))
+    w.cache = offload.resize(offload.defragment(jax.tree.map(jnp.copy, w.cache)), 24)
+    w.cache = jax.jit(lambda cache: cache, donate_argnums=0)(w.cache)
+    w.tokens[1] = w.tokens[2] = list(range(16))
+    assert w.admit(3, range(12)) == 11
+    w.publish(1)
+    w.release(1, 2, 3)
+    assert w.evict(1) == 1
+    assert prefix.admit(*old, 0, range(12))[2] == 11  # going back
+    prefix.admit(w.cache, prefix.init(w.config), 0, range(12))
+    cache, index = prefix.reset(w.cache, w.index)
+    assert not np.asarray(cache.holdings).any() and index.holdings == 0
+    assert prefix.evict(cache, index, 1)[2] == 0
+
+
+def test_holdings_are_those_of_the_pages_whatever_led_to_them():
+    """Evicted and stored anew into the same pages, the pair is as before; in another order, the sum is the same."""
+    one, two = world(), world()
+    one.serve(0, range(12))
+    sums = [one.index.holdings]
+    one.evict(1)
+    sums.append(one.index.holdings)
+    one.serve(0, range(12))
+    assert one.index.holdings == sums[0] != sums[1]
+    two.serve(0, range(8))
+    assert two.index.holdings == sums[1]
+    high, low = np.asarray(two.cache.holdings).tolist()
+    assert high << 32 | low == two.index.holdings
+
+
 def test_reset():
     w = world(events=True)
     w.serve(0, range(16))
@@ -1117,10 +1277,10 @@ def filled(num_pages: int, size: int = 2) -> World:
         draft.tick += 1
         prompt = _keys.prompt(tokens[n * size : (n + 1) * size], page_size=size, extra_key=None, epoch=0)
         page = ids[n : n + 1, None]
-        run = _index.Run(prompt.tokens, bytes(32), {}, page.tobytes(), _index.ON_DEVICE)
+        run = _index.Run(prompt.tokens, bytes(32), {}, page.tobytes())
         draft.add(prompt, 0, 0, run, priority=0, expires=math.inf)
-        draft.hold(page, taken)
-    w.cache, w.index = cache, draft.done()
+        draft.hold(run.keys, page, taken)
+    w.cache, w.index = dataclasses.replace(cache, holdings=None), draft.done()
     return w
 
 
@@ -1233,33 +1393,7 @@ def test_few_programs_are_compiled():
             serve(n)
 
 
-# Places, events, counters, the store.
-
-
-def test_a_match_spans_tiers_and_a_page_in_flight_is_left_alone():
-    w = world()
-    w.serve(0, range(16))
-    assert prefix.match(w.index, range(4)).places[0]._replace(id=()) == prefix.Place(
-        prefix.Tier.DEVICE, (), False
-    )
-    there = prefix.match(w.index, range(16)).places
-    flying = [place._replace(in_flight=True) for place in there[2:]]
-    w.cache, w.index = prefix.move(w.cache, w.index, range(16), 2, flying)
-    w.check()
-    assert w.match(range(16)) == 8 and w.evict(100) == 0  # leaves first, and the leaf is in flight
-    landed = [prefix.Place(prefix.Tier.HOST, (n,), False) for n in range(2)]
-    w.cache, w.index = prefix.move(w.cache, w.index, range(16), 2, landed)
-    w.check()
-    assert w.free() == 22
-    found = prefix.match(w.index, range(16))
-    assert found.num_tokens == 16 and found.places == (*there[:2], *landed)
-    assert w.admit(1, range(16)) == 8  # what is on the device
-    w.check()
-    w.cache, w.index = prefix.move(w.cache, w.index, range(16), 2, there[2:])
-    w.check()
-    assert w.free() == 20 and prefix.match(w.index, range(16)).places == there
-    with pytest.raises(ValueError, match="places: expected those of stored pages, 4 of this prompt's"):
-        prefix.move(w.cache, w.index, range(16), 3, there)
+# Events, counters, the store.
 
 
 def test_events():
@@ -1374,6 +1508,108 @@ def test_arguments_are_named():
         prefix.make_room(cache, index, jnp.zeros(4, jnp.int32))
 
 
+def nested(depth: int) -> Any:
+    return functools.reduce(lambda key, _: (key,), range(depth), "x")
+
+
+ANY: Any = None
+calls: Any = prefix  # which takes anything, as Python does
+CALLS: dict[str, Any] = {
+    "index: expected an Index": [
+        lambda c, i: calls.match(ANY, [1]),
+        lambda c, i: calls.admit(c, ANY, 0, [1]),
+        lambda c, i: calls.admit_rows(c, ANY, [0], [[1]]),
+        lambda c, i: calls.publish(c, ANY, 0, [1]),
+        lambda c, i: calls.evict(c, ANY, 1),
+        lambda c, i: calls.evictable(c, ANY),
+        lambda c, i: calls.make_room(c, ANY, jnp.zeros(4, jnp.int32), num_tokens=1),
+        lambda c, i: calls.reset(c, ANY),
+        lambda c, i: calls.held(ANY),
+        lambda c, i: calls.new_epoch(ANY),
+        lambda c, i: calls.pin(ANY, [1]),
+        lambda c, i: calls.unpin(ANY, calls.Pin(0, 0)),
+        lambda c, i: calls.take_events(ANY),
+        lambda c, i: calls.Store(ANY),
+    ],
+    "new: expected an Index": [lambda c, i: calls.Store(i).replace(i, ANY)],
+    "pin: expected a Pin .from prefix.pin., got a NoneType": [lambda c, i: calls.unpin(i, ANY)],
+    "cache: expected a PagedKVCache": [
+        lambda c, i: calls.admit(ANY, i, 0, [1]),
+        lambda c, i: calls.evictable(ANY, i),
+        lambda c, i: calls.reset(ANY, i),
+    ],
+    "tokens: expected": [
+        lambda c, i: calls.match(i, ANY),
+        lambda c, i: calls.match(i, [[1], [2, 3]]),
+        lambda c, i: calls.match(i, "text"),
+        lambda c, i: calls.pin(i, [2**70]),
+        lambda c, i: calls.admit(c, i, 0, {1: 2}),
+        lambda c, i: calls.page_keys(ANY, page_size=2),
+    ],
+    "tokens: the host index reads them": [
+        lambda c, i: jax.jit(lambda t: calls.match(i, t).num_tokens)(jnp.arange(3))
+    ],
+    "extra_key: expected": [
+        lambda c, i: calls.match(i, [1], extra_key=nested(100_000)),
+        lambda c, i: calls.match(i, [1], extra_key=[1]),
+        lambda c, i: calls.page_keys([1], page_size=1, extra_key=(1.5,)),
+        lambda c, i: calls.ExtraKey(salt=nested(33)),
+    ],
+    "items: expected": [
+        lambda c, i: calls.ExtraKey(items=ANY),
+        lambda c, i: calls.ExtraKey(items=(ANY,)),
+        lambda c, i: calls.ExtraKey(items=calls.Item("a", 0, 1)),
+        lambda c, i: calls.ExtraKey(items=(("a", 1),)),
+    ],
+    "items: content must be str": [lambda c, i: calls.ExtraKey(items=(calls.Item(ANY, 0, 1),))],
+    "row must be an int": [
+        lambda c, i: calls.admit(c, i, ANY, [1]),
+        lambda c, i: calls.publish_rows(c, i, [[0]], [[1]]),
+    ],
+    "rows: expected a sequence": [lambda c, i: calls.admit_rows(c, i, ANY, [[1]])],
+    "prompts: expected a sequence": [
+        lambda c, i: calls.admit_rows(c, i, [0], ANY),
+        lambda c, i: calls.publish_rows(c, i, [0], "x"),
+    ],
+    "extra_keys: expected": [
+        lambda c, i: calls.admit_rows(c, i, [0], [[1]], extra_keys=3),
+        lambda c, i: calls.publish_rows(c, i, [0], [[1]], extra_keys=[]),
+    ],
+    "now: expected a number": [lambda c, i: calls.evict(c, i, 1, now="x")],
+    "ttl: expected a number": [lambda c, i: calls.publish(c, i, 0, [1], ttl="x")],
+    "policy: expected one of lru": [
+        lambda c, i: calls.evict(c, i, 1, policy=["lru"]),
+        lambda c, i: calls.make_room(c, i, jnp.zeros(4, jnp.int32), num_tokens=1, policy=ANY),
+    ],
+    "num_pages must be": [lambda c, i: calls.evict(c, i, ANY), lambda c, i: calls.evict(c, i, -1)],
+    "query_lens: expected": [lambda c, i: calls.make_room(c, i, ANY, num_tokens=1)],
+    "priority must be an int": [lambda c, i: calls.publish(c, i, 0, [1], priority=ANY)],
+    "epoch must be": [
+        lambda c, i: calls.init(config_of(), epoch=ANY),
+        lambda c, i: calls.new_epoch(i, "x"),
+        lambda c, i: calls.page_keys([1], page_size=1, epoch=ANY),
+    ],
+    "page_size must be": [lambda c, i: calls.page_keys([1], page_size=ANY)],
+}
+
+
+@pytest.mark.parametrize("message", CALLS)
+def test_whatever_is_passed_the_error_names_it(message):
+    w = world()
+    for call in CALLS[message]:
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            call(w.cache, w.index)
+
+
+def test_extra_keys_of_any_text():
+    """Half of a surrogate pair is text to Python, and no UTF-8."""
+    w = world()
+    w.serve(0, range(8), key=("a\ud800", 1))
+    assert (
+        w.match(range(8), extra_key=("a\ud800", 1)) == 8 and w.match(range(8), extra_key=("a\ud801", 1)) == 0
+    )
+
+
 # Random programs against a plain model.
 
 
@@ -1403,15 +1639,12 @@ def evicted_one_by_one(index, needs, in_use, policy):
             break
         leaf = min(leaves, key=worth)
         first = max(leaf.end - lacking, leaf.youngest if policy == "fifo" else leaf.start)
-        tail = list(zip(leaf.run.table[first : leaf.end], leaf.run.where[first : leaf.end], strict=True))
         pages = 0
-        for ids, where in reversed(tail):
-            if where >= _index.IN_FLIGHT or any(
-                p >= 0 and used[p] for p, used in zip(ids, in_use, strict=True)
-            ):
+        for ids in reversed(leaf.run.table[first : leaf.end]):
+            if any(p >= 0 and used[p] for p, used in zip(ids, in_use, strict=True)):
                 break
             pages += 1
-            freed = [n + (where == prefix.Tier.DEVICE and p >= 0) for n, p in zip(freed, ids, strict=True)]
+            freed = [n + (p >= 0) for n, p in zip(freed, ids, strict=True)]
         if pages == 0:
             stay.add(leaf.id)
             continue
@@ -1429,7 +1662,7 @@ def assert_evicts_one_by_one(cache, index, needs, policy) -> None:
     maps = (index.nodes, index.edges, index.pins, *(order for _, order in index.orders))
     before = [list(_tree.items(tree)) for tree in maps]
     _, after, _, gone = _host._evict(cache, index, needs, policy, None)
-    assert [(node.id, node.end, pages) for node, pages in gone] == cuts
+    assert [(some.node.id, some.places[-1] + 1, len(some.places)) for some in gone] == cuts
     assert [list(_tree.items(tree)) for tree in maps] == before  # a value
     children = [node.parent for node in nodes.values()]
     nodes = {n: node._replace(num_children=children.count(n)) for n, node in nodes.items()}

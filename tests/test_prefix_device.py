@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -16,11 +17,11 @@ from hypothesis import strategies as st
 import paxcache
 from bench_prefix import rollout
 from driver import config_of, copy_of
-from paxcache import prefix
+from paxcache import offload, prefix
 from paxcache.prefix import device
-from test_in_place import _HOST, assert_in_place, cache_shapes, shape, text_of
+from test_in_place import _HOST, assert_in_place, cache_shapes, shape, temporaries, text_of
 from test_in_place import config as big_config
-from test_prefix import layer_group, random_prompts
+from test_prefix import World, layer_group, random_prompts
 
 S, M, B, L, T = 2, 4, 3, 8, 24
 CONFIGS = (
@@ -358,6 +359,394 @@ def test_reset():
     assert device.match(index, tokens, lens).num_tokens.tolist() == [4, 4, 0]
 
 
+# Windows.
+
+
+class Entry:
+    """One page of text in the plain model."""
+
+    def __init__(self, depth, num_groups):
+        self.depth, self.tick, self.pages = depth, 0, [-1] * num_groups
+
+
+class Model:
+    """What the device index holds, in plain Python: by (extra key, text up to the page's end), an `Entry`."""
+
+    def __init__(self, config):
+        self.size, self.windows = config.page_size, [g.sliding_window for g in config.layer_groups]
+        self.entries: dict[tuple[int, tuple[int, ...]], Entry] = {}
+        self.tick = 0
+
+    def chain(self, tokens, key):
+        for page in range(len(tokens) // self.size):
+            text = (key, tuple(tokens[: (page + 1) * self.size]))
+            if text not in self.entries:
+                return
+            yield self.entries[text]
+
+    def first_seen(self, num_pages, window):
+        return 0 if window is None else max(num_pages * self.size - window + 1, 0) // self.size
+
+    def match(self, tokens, key):
+        """The entries that can be reused, and per group the pages that are needed of them."""
+        found = list(self.chain(tokens, key))
+        while found:
+            needed = [range(self.first_seen(len(found), w), len(found)) for w in self.windows]
+            if all(found[page].pages[g] >= 0 for g, pages in enumerate(needed) for page in pages):
+                break
+            found.pop()
+        tables = [[e.pages[g] for e in found] for g in range(len(self.windows))]
+        for g, window in enumerate(self.windows):
+            first = self.first_seen(len(found), window)
+            tables[g][:first] = [-1] * first
+        return found, tables
+
+    def publish(self, tokens, key, tables, tick):
+        """One row's pages, tables [G][M], changed as they fold."""
+        for page in range(len(tokens) // self.size):
+            text = (key, tuple(tokens[: (page + 1) * self.size]))
+            own = [table[page] for table in tables]
+            if any(p < 0 and w is None for p, w in zip(own, self.windows, strict=True)):
+                return
+            entry = self.entries.setdefault(text, Entry(page, len(own)))
+            entry.tick = tick
+            for g in range(len(own)):
+                if own[g] >= 0 > entry.pages[g]:
+                    entry.pages[g] = own[g]
+                elif own[g] >= 0:
+                    tables[g][page] = entry.pages[g]
+
+    def below(self, text):
+        key, tokens = text
+        return [t for t in self.entries if t[0] == key and t[1][: len(tokens)] == tokens and t != text]
+
+    def evict(self, needs, counts):
+        """Frees pages as `needs` says by group, counts [G][P]; returns how many went in each."""
+
+        def in_use(text):
+            return any(p >= 0 and counts[g][p] > 1 for g, p in enumerate(self.entries[text].pages))
+
+        before = [sum(e.pages[g] >= 0 for e in self.entries.values()) for g in range(len(needs))]
+        most = max([n for n, w in zip(needs, self.windows, strict=True) if w is None], default=0)
+        free = [t for t in self.entries if not in_use(t) and not any(map(in_use, self.below(t)))]
+        for text in sorted(free, key=lambda t: (self.entries[t].tick, -self.entries[t].depth))[:most]:
+            del self.entries[text]
+        for g, window in enumerate(self.windows):
+            if window is None:
+                continue
+            held = [t for t in self.entries if self.entries[t].pages[g] >= 0]
+            lacking = needs[g] - (before[g] - len(held))
+            held = [t for t in held if counts[g][self.entries[t].pages[g]] == 1]
+            order = sorted(
+                held, key=lambda t: (not self.spare(t, window), self.entries[t].tick, self.entries[t].depth)
+            )
+            for text in order[: max(lacking, 0)]:
+                self.entries[text].pages[g] = -1
+        if None not in self.windows:
+            empty = [
+                t for t in self.entries if all(max(self.entries[u].pages) < 0 for u in [t, *self.below(t)])
+            ]
+            for text in empty:
+                del self.entries[text]
+        return [n - sum(e.pages[g] >= 0 for e in self.entries.values()) for g, n in enumerate(before)]
+
+    def spare(self, text, window):
+        """Whether so many pages follow in one line, last used together, that the window from its end misses this."""
+        reach = -(-(window - 1) // self.size) + 1
+        for _ in range(reach):
+            children = [t for t in self.below(text) if len(t[1]) == len(text[1]) + self.size]
+            if len(children) != 1 or self.entries[children[0]].tick != self.entries[text].tick:
+                return False
+            text = children[0]
+        return True
+
+
+class WindowWorld(World):
+    """A cache with a device index and its model; every token's value says what text it stands for."""
+
+    index: Any
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.index, self.model = device.init(config, capacity=100), Model(config)
+
+    def counts(self):
+        return [np.asarray(g.ref_counts) for g in self.cache.groups]
+
+    def admit(self, row, tokens, *, key=0, **_):
+        if self.lens()[row]:
+            return -1
+        found, tables = self.model.match(tokens[: max(len(tokens) - 1, 0)], key)
+        self.cache, self.index, reused = device.admit(
+            self.cache, self.index, jnp.array([row]), *padded([tokens], 16), extra_keys=jnp.array([key])
+        )
+        assert reused.tolist() == [len(found) * self.size]
+        for g, pages in enumerate(tables):
+            assert self.tables(g)[row, : len(found)].tolist() == pages
+        self.model.tick += 1
+        for entry in found:
+            entry.tick = self.model.tick
+        self.tokens[row], self.keys[row], self.context[row] = list(tokens), key, (0, key)
+        return int(reused[0])
+
+    def compute(self, row, upto=None):
+        begin, end = self.lens()[row], len(self.tokens[row]) if upto is None else upto
+        count = max(end - begin, 0)
+        lens = np.zeros(self.config.max_seqs, np.int32)
+        lens[row] = count
+        free = [(c == 0).sum() for c in self.counts()]
+        first = begin // self.size
+        new = [max(-(-(begin + count) // self.size) - first - (begin % self.size > 0), 0)] * len(free)
+        needs = [max(n - f, 0) if count else 0 for n, f in zip(new, free, strict=True)]
+        freed = self.model.evict(needs, self.counts())
+        self.cache, self.index, got = device.make_room(
+            self.cache, self.index, jnp.asarray(lens), num_tokens=16
+        )
+        assert int(got) == max(freed)
+        return super().compute(row, begin + count)
+
+    def publish(self, row, **_):
+        tokens = self.tokens[row][: self.lens()[row]]
+        tables = [self.tables(g)[row].tolist() for g in range(len(self.cache.groups))]
+        self.model.tick += 1
+        self.model.publish(tokens, self.keys[row] or 0, tables, self.model.tick)
+        self.cache, self.index, lost = device.publish(
+            self.cache,
+            self.index,
+            jnp.array([row]),
+            *padded([tokens], 16),
+            extra_keys=jnp.array([self.keys[row] or 0]),
+        )
+        assert int(lost) == 0
+        for g, table in enumerate(tables):
+            assert self.tables(g)[row].tolist() == table
+
+    def evict(self, num_pages, **_):
+        counts = self.counts()
+        could = np.asarray(device.evictable(self.cache, self.index))
+        model = copy.deepcopy(self.model)
+        assert could.tolist() == model.evict([100] * len(counts), counts)
+        freed = self.model.evict([num_pages] * len(counts), counts)
+        self.cache, self.index, got = device.evict(self.cache, self.index, num_pages)
+        assert int(got) == min(freed)
+        return int(got)
+
+    def check(self):
+        index = self.index
+        held = tuple(map(np.asarray, device.held(self.cache, index)))
+        # `World.check` asks the host index: it is told what this one holds.
+        host, self.index = self.index, dataclasses.replace(prefix.init(self.config), held=held)
+        super().check()
+        self.index = host
+        parents, tokens = np.asarray(index.parents), np.asarray(index.tokens)
+        found = {}
+        for entry in np.flatnonzero(np.asarray(index.depths) >= 0):
+            text, at = [], entry
+            while at >= 0:
+                text, at = [*tokens[at].tolist(), *text], parents[at]
+            name = (int(index.extra_keys[entry]), tuple(text))
+            found[name] = [int(p[entry]) for p in index.pages]
+        assert found == {text: entry.pages for text, entry in self.model.entries.items()}
+        assert bool(device.belongs(self.cache, index))
+
+
+BESIDE = dict(page_size=2, max_seqs=3, max_pages_per_seq=8)
+WINDOWED = (
+    config_of(layer_group(), layer_group(sliding_window=4, num_pages=11), num_pages=24, **BESIDE),
+    config_of(layer_group(sliding_window=3), num_pages=12, **BESIDE),
+    config_of(layer_group(sliding_window=2), layer_group(sliding_window=7), num_pages=20, **BESIDE),
+)
+texts = st.tuples(
+    st.sampled_from([(1,) * 6, (1,) * 9, (1, 1, 2, 2, 2, 2, 2)]), st.lists(st.integers(1, 2), max_size=6)
+).map(lambda parts: [*parts[0], *parts[1]])
+
+
+@hypothesis.settings(max_examples=12)
+@hypothesis.given(
+    config=st.sampled_from(WINDOWED),
+    program=st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            texts,
+            st.sampled_from([0, 0, 1]),
+            st.sampled_from([2, 4, 9, 16]),
+            st.integers(0, 3),
+        ),
+        min_size=3,
+        max_size=8,
+    ),
+)
+def test_pages_beside_windows_do_what_a_plain_model_does(config, program):
+    """Prompts in chunks, published after each or at the end; what is reused, held and evicted, page by page."""
+    w = WindowWorld(config)
+    for row, tokens, key, chunk, evicted in program:
+        w.release(row)
+        w.admit(row, tokens, key=key)
+        while w.lens()[row] < len(tokens):
+            if w.compute(row, min(w.lens()[row] + chunk, len(tokens))) != paxcache.Status.OK:
+                w.release(row)  # rows map too much: nothing more can go
+                break
+            if evicted != 1:
+                w.publish(row)
+            w.check()
+        w.publish(row)
+        w.evict(evicted)
+        w.check()
+    w.release(0, 1, 2)
+    w.evict(100)
+    w.check()
+    assert int(w.index.num_entries) == 0 and not any(c.any() for c in w.counts())
+
+
+def test_a_small_pool_beside_a_window_does_not_limit_the_rest():
+    """Eight prompts' pages stay in the group that sees all, though the other has room for a few of their windows."""
+    config = config_of(
+        layer_group(), layer_group(sliding_window=4, num_pages=16), num_pages=64, page_size=2, max_seqs=3,
+        max_pages_per_seq=8,
+    )  # fmt: skip
+    w = WindowWorld(config)
+    prompts = [[n] * 13 for n in range(3, 11)]
+    for tokens in prompts:
+        w.admit(0, tokens)
+        for upto in (5, 9, 13):
+            w.compute(0, upto)
+            w.publish(0)
+        w.release(0)
+    w.check()
+    assert int(w.index.num_entries) == 8 * 6 and len(w.model.entries) == 48
+    again = [w.admit(0, tokens) for tokens in prompts if w.release(0) is None]
+    assert (
+        again == [0] * 4 + [12] * 4
+    )  # where the window is whole; entries that could not be cut would be two prompts'
+    assert (w.tables(1)[0, :6] >= 0).tolist() == [False] * 4 + [True] * 2
+
+
+def test_generation_beside_windows_reuses_and_changes_no_token():
+    rng = np.random.default_rng(1)
+    table = jnp.asarray(rng.normal(size=(97, 8)), jnp.float32)
+
+    def model(params, tokens, cache, step, logits_at):
+        """Each layer's keys and values follow from all that the tokens before it see."""
+        x = params[tokens % 97]
+        for layer in range(len(cache.groups)):
+            k = x[:, None, :4]
+            cache = paxcache.append(cache, layer, k, k + 1, step)
+            out = paxcache.attend(cache, layer, x[:, None, 4:], step)[:, 0]
+            x = jnp.concatenate([jnp.sin(3 * out + x[:, :4]), x[:, 4:] + out], axis=1)
+        return x[logits_at] @ params.T, cache
+
+    shared = rng.integers(0, 97, 24).tolist()
+    prompts = [shared + rng.integers(0, 97, n).tolist() for n in (3, 20, 9, 1)]
+    for groups in ([5], [6, None, 4]):
+        config = config_of(
+            *(layer_group(sliding_window=w, num_pages=60 if w is None else 24) for w in groups),
+            page_size=4, num_pages=60, max_seqs=2, max_pages_per_seq=16,
+        )  # fmt: skip
+        options: Any = {"max_new_tokens": 9, "chunk_size": 8}
+        alone = paxcache.generate(model, table, paxcache.init(config), prompts, **options)
+        state: Any = {"cache": paxcache.init(config), "index": device.init(config)}
+        steps = []
+        for _ in range(2):
+            out: Any = paxcache.generate(
+                model, table, state["cache"], prompts, index=state["index"], **options
+            )
+            assert out.to_lists() == alone.to_lists()
+            paxcache.check(out.cache, held=tuple(map(np.asarray, device.held(out.cache, out.index))))
+            state = {"cache": out.cache, "index": out.index}
+            steps.append(int(out.num_steps))
+        assert steps[1] < steps[0] < int(alone.num_steps), (groups, steps)
+        other = [
+            *shared,
+            96,
+            95,
+        ]  # of the second prompt 20 tokens and 9 more came after what it shares with this
+        assert int(device.match(out.index, *padded([other], 32)).num_tokens[0]) == 24
+
+
+# Whose pages they are.
+
+
+def moved_on(config, cache, index):
+    """What else may happen to a pair between two calls: to tables, lengths and rows, in jit with donation, on disk."""
+    cache, step = paxcache.extend(cache, jnp.array([1, 0, 0]), num_tokens=T)
+    step.raise_if_failed()
+    cache, _ = paxcache.fork(cache, jnp.array([0]), jnp.array([2]))
+    cache = paxcache.reorder(cache, jnp.array([2, 1, 0]))
+    cache = paxcache.truncate(cache, jnp.array([5, 5, 0]))
+    host = offload.init(config, 8)
+    cache, host, ticket = offload.preempt(cache, host, jnp.array([0]))
+    cache, host, ok = offload.resume(cache, host, ticket, jnp.array([0]))
+    assert bool(ok)
+    cache = offload.resize(offload.defragment(cache), 12)
+    return jax.jit(lambda *pair: pair, donate_argnums=(0, 1))(cache, index)
+
+
+def test_an_index_of_another_cache_is_refused():
+    config = CONFIGS[0]
+    cache, index, _, tokens, lens = published(config, [[1, 2, 3, 4, 5], [1, 2, 9, 9]])
+    other, its_index, *_ = published(config, [[4, 2, 3, 4, 5], [4, 2, 9, 9]])
+    younger, young_index, _ = device.evict(paxcache.release(cache, jnp.ones(B, bool)), index, 1)
+    for each, wrong in ((cache, its_index), (other, index), (younger, index), (cache, young_index),
+                        (paxcache.init(config), index)):  # fmt: skip
+        assert not bool(device.belongs(each, wrong))
+        mine = paxcache.release(each, jnp.ones(B, bool))
+        for call, answer in (
+            (lambda c, i: device.admit(c, i, jnp.arange(B), tokens, lens), [-2] * B),
+            (lambda c, i: device.publish(c, i, jnp.arange(B), tokens, lens), -1),
+            (lambda c, i: device.evict(c, i, 3), -1),
+            (lambda c, i: device.make_room(c, i, jnp.full(B, 8), num_tokens=T), -1),
+            (lambda c, i: (c, i, device.evictable(c, i)), [-1]),
+            (lambda c, i: (*device.reset(c, i), None), None),
+        ):
+            after, index_after, status = call(mine, wrong)
+            assert (None if status is None else status.tolist()) == answer
+            assert_same_cache(after, mine)
+            assert int(index_after.num_entries) == (0 if answer is None else int(wrong.num_entries))
+        with pytest.raises(ValueError, match="index: the pages it holds are not this cache's"):
+            paxcache.generate(next_tokens, None, mine, [[1, 2, 3]], index=wrong, max_new_tokens=1)
+
+
+def test_a_pair_is_one_whatever_else_happens_to_it():
+    config = CONFIGS[0]
+    cache, index, _, tokens, lens = published(config, [[1, 2, 3, 4, 5], [1, 2, 9, 9]])
+    old = copy_of((cache, index))
+    cache, index = moved_on(config, cache, index)
+    assert bool(device.belongs(cache, index))
+    cache = paxcache.release(cache, jnp.ones(B, bool))
+    cache, index, reused = device.admit(cache, index, jnp.arange(B), tokens, lens)
+    assert reused.tolist() == [4, 2, 0]
+    cache, index, _ = device.evict(paxcache.release(cache, jnp.ones(B, bool)), index, 1)
+    assert bool(device.belongs(cache, index))
+    assert bool(device.belongs(*old)) and not bool(device.belongs(old[0], index))  # going back is fine
+    assert bool(device.belongs(cache, device.init(config)))  # as is an index that holds nothing
+    assert bool(device.belongs(dataclasses.replace(cache, holdings=None), old[1]))  # put together by hand
+    cache, index = device.reset(cache, index)
+    assert np.asarray(cache.holdings).tolist() == [0, 0]
+
+
+def test_ages_go_on_beyond_a_word():
+    """From short of the end of the clock's low word on: what is evicted first stays what was used first."""
+    cache, index, _, tokens, lens = published(CONFIGS[0], [[1, 2], [3, 4], [5, 6]])
+    low = 2**32 - 4 - int(index.tick[1])
+    index = dataclasses.replace(
+        index,
+        tick=index.tick.at[1].add(jnp.uint32(low)),
+        ticks=index.ticks.at[1].add(jnp.uint32(low)),
+    )
+    for used in (0, 2, 0):
+        cache = paxcache.release(cache, jnp.ones(B, bool))
+        rows = jnp.full(B, -1).at[used].set(used)
+        cache, index, reused = device.admit(cache, index, rows, jnp.pad(tokens, ((0, 0), (0, 1))), lens + 1)
+        assert int(reused[used]) == 2
+    assert int(index.tick[0]) == 1
+    cache = paxcache.release(cache, jnp.ones(B, bool))
+    for gone in (1, 2, 0):
+        before = device.match(index, tokens, lens).num_tokens
+        cache, index, _ = device.evict(cache, index, 1)
+        after = device.match(index, tokens, lens).num_tokens
+        assert np.flatnonzero(before - after).tolist() == [gone]
+
+
 # Compiled programs.
 
 
@@ -455,12 +844,19 @@ def test_one_program_serves_all_lengths():
 def test_arguments_are_named():
     cache, index, _, tokens, lens = published(CONFIGS[0], [[1, 2, 3, 4]])
     windowed = config_of(layer_group(sliding_window=3), page_size=S)
-    with pytest.raises(NotImplementedError, match="groups with a sliding window"):
-        device.init(windowed)
-    with pytest.raises(NotImplementedError, match="groups with a sliding window"):
-        device.evict(paxcache.init(windowed), index, 1)
-    with pytest.raises(ValueError, match="index: made for 1 groups of page_size 2, the cache has 2 of 2"):
-        device.evict(paxcache.init(CONFIGS[1]), index, 1)
+    for other, what in ((windowed, r"\(2, \(3,\)\)"), (CONFIGS[1], r"\(2, \(None, None\)\)")):
+        message = rf"index: made for another config: .* are \(2, \(None,\)\), the cache's {what}"
+        for call in (device.evictable, device.reset, device.held, device.belongs):
+            with pytest.raises(ValueError, match=message):
+                call(paxcache.init(other), index)
+    wrong: Any = (cache, None)
+    for call in (device.evictable, device.reset, device.held, device.belongs):
+        with pytest.raises(TypeError, match="index: expected a DeviceIndex"):
+            call(*wrong)
+    with pytest.raises(TypeError, match="index: expected a DeviceIndex"):
+        device.match(wrong[1], tokens, lens)
+    with pytest.raises(TypeError, match="index: expected a DeviceIndex"):
+        device.make_room(cache, wrong[1], lens, num_tokens=4)
     with pytest.raises(ValueError, match=r"rows: expected shape \[N=1\], got int32\[2\]"):
         device.admit(cache, index, jnp.array([0, 1]), tokens[:1], lens[:1])
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
@@ -468,3 +864,98 @@ def test_arguments_are_named():
     bad: Any = [1.0] * B
     with pytest.raises(TypeError, match="lens: expected integer values"):
         device.match(index, tokens, bad)
+
+
+# Growth.
+
+
+def array_shapes(program, *args) -> set[tuple[int, ...]]:
+    """Shapes of all arrays that a program makes, in its inner programs too."""
+    found = set()
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            found.update(getattr(v.aval, "shape", ()) for v in equation.outvars)
+            for part in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    visit(inner)
+
+    visit(jax.make_jaxpr(program)(*args).jaxpr)
+    return found
+
+
+def next_tokens(params, tokens, cache, step, logits_at):
+    return jax.nn.one_hot(tokens[logits_at] + 1, 8), cache
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_generation_with_an_index_makes_no_array_of_pairs_of_prompts(window):
+    """Beside what it makes without an index, nothing is larger than the prompts, the tables and the index."""
+    N, rows, width, C = 1009, 211, 19, 307
+    sizes = dict(page_size=4, num_pages=509, max_seqs=rows, max_pages_per_seq=8)
+    config = config_of(layer_group(), layer_group(sliding_window=window), **sizes)
+    cache = cache_shapes(config)
+    index = jax.eval_shape(lambda: device.init(config, capacity=C))
+
+    def program(cache, index, prompts, lens):
+        out = paxcache.generate(
+            next_tokens, None, cache, prompts, index=index, max_new_tokens=2, prompt_lens=lens, chunk_size=256
+        )
+        return out.tokens, out.index
+
+    prompts = shape(N, width, dtype="int32"), shape(N, dtype="int32")
+    without = array_shapes(lambda cache, *prompts: program(cache, None, *prompts), cache, *prompts)
+    shapes = array_shapes(program, cache, index, *prompts) - without
+    largest = max(shapes, key=np.prod)
+    assert np.prod(largest) <= 2 * N * (width + 2), largest
+    assert any(C in s for s in shapes) and any(N in s for s in shapes)  # it did look at both
+
+
+def test_memory_of_publish_grows_with_its_rows():
+    """Four times the rows take four times the room, and none of it for pairs of rows."""
+
+    def room(rows):
+        config = config_of(layer_group(), page_size=4, num_pages=64, max_seqs=rows, max_pages_per_seq=16)
+        args = shape(rows, dtype="int32"), shape(rows, 64, dtype="int32"), shape(rows, dtype="int32")
+        index = jax.eval_shape(lambda: device.init(config))
+        return jax.jit(device.publish).lower(cache_shapes(config), index, *args).compile()
+
+    small, large = (temporaries(room(rows)) for rows in (64, 256))
+    assert large <= 5 * small, (small, large)
+    assert large < 256**2 * 16 * 4  # a flag for each token of each pair
+
+
+def test_rows_that_offer_the_same_text_keep_the_pages_of_the_first():
+    """Among many rows at once: equal beginnings of any length fold, and equal pages behind unequal ones do not."""
+    rng = np.random.default_rng(0)
+    config = config_of(layer_group(), page_size=2, num_pages=200, max_seqs=24, max_pages_per_seq=4)
+    prompts = [rng.integers(0, 2, rng.integers(0, 9)).tolist() for _ in range(24)]
+    keys = rng.integers(0, 2, 24).tolist()
+    cache, index = paxcache.init(config), device.init(config)
+    rows, (tokens, lens) = jnp.arange(24), padded(prompts)
+    cache, _, _ = device.admit(cache, index, rows, tokens, lens)
+    cache, step = paxcache.extend(cache, lens, num_tokens=200)
+    step.raise_if_failed()
+    before = np.asarray(cache.groups[0].block_tables)
+    cache, index, lost = device.publish(cache, index, rows, tokens, lens, extra_keys=jnp.array(keys))
+    tables = np.asarray(cache.groups[0].block_tables)
+    first = {}
+    for row, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
+        for page in range(len(prompt) // 2):
+            text = (key, tuple(prompt[: 2 * page + 2]))
+            assert tables[row, page] == first.setdefault(text, before[row, page]), (row, page)
+    assert int(lost) == 0 and int(index.num_entries) == len(first) < sum(len(p) // 2 for p in prompts)
+    paxcache.check(cache, held=tuple(map(np.asarray, device.held(cache, index))))
+
+
+def test_a_page_that_two_texts_of_one_call_claim_is_stored_for_one():
+    """Forks that say different things of the page they share: the first is believed."""
+    config, lens = CONFIGS[0], jnp.array([4, 4, 0])
+    cache, index = paxcache.init(config), device.init(config)
+    cache, _ = paxcache.extend(cache, jnp.array([4, 0, 0]), num_tokens=T)
+    cache, _ = paxcache.fork(cache, jnp.array([0]), jnp.array([1]))
+    tokens, _ = padded([[1, 2, 3, 4], [1, 9, 3, 4], []])
+    cache, index, _ = device.publish(cache, index, jnp.arange(B), tokens, lens)
+    assert device.match(index, tokens, lens).num_tokens.tolist() == [4, 0, 0]
+    paxcache.check(cache, held=tuple(map(np.asarray, device.held(cache, index))))

@@ -156,6 +156,47 @@ def copies(monkeypatch) -> dict[str, list[int]]:
     return sizes
 
 
+# Removing.
+
+
+def test_removed_pages_are_forgotten_and_the_others_stay():
+    w = tiered()
+    prompts = [range(18), [*range(6), *range(50, 60)], range(70, 79)]
+    for prompt in prompts:
+        w.serve(0, prompt)
+    w.evict(100)
+    assert w.tier.num_pages == (9,)
+    before = w.tier
+    keys = [k for p in prompts for k in prefix.page_keys(list(p), page_size=4)]
+    w.tier, removed = offload.remove(w.tier, [*keys[4:8], bytes(32), keys[4]])
+    assert removed == 4 == w.tier.traffic.pages_forgotten  # the first page is that of both prompts
+    w.check()
+    assert [w.reusable(p) for p in prompts] == [0, 0, 8]
+    w.tier, removed = offload.remove(before, keys[1:4])
+    assert removed == 3 and [w.reusable(p) for p in prompts] == [4, 15, 8]
+    w.check()
+    assert w.prefetch(prompts[1]) == 4 and w.admit(0, prompts[1]) == 15
+    w.tier, removed = offload.remove(w.tier, keys)
+    assert removed == 6 and w.tier.num_pages == w.tier.reserved == (0,) and w.tier.num_bytes == 0
+    w.check()
+    assert offload.remove(w.tier, [])[1] == 0
+
+
+def test_a_cleared_tier_is_empty_and_goes_on():
+    w = tiered()
+    w.serve(0, range(18))
+    w.evict(100)
+    old, w.tier = w.tier, offload.clear(w.tier)
+    assert w.tier.num_pages == w.tier.reserved == (0,) and w.reusable(range(18)) == 0
+    assert w.tier.traffic == offload.Traffic(pages_written=4, pages_forgotten=4)
+    w.check()
+    check_tier(old, w.texts, w.size)
+    w.serve(0, range(18))
+    w.evict(100)
+    assert w.tier.num_pages == (4,) and w.prefetch(range(18)) == 4
+    w.check()
+
+
 # Write policies.
 
 
@@ -623,22 +664,6 @@ def test_events_and_worth():
     assert event.keys == prefix.page_keys(range(16), page_size=4)[2:] and event.tokens == tuple(range(8, 16))
     path = prefix.match(w.index, range(16))._path
     assert {(n.priority, n.expires) for n, _ in path[-1:]} <= {(n.priority, n.expires) for n, _ in path[:1]}
-
-
-def test_entries_that_the_caller_moved_are_left_alone():
-    w = tiered()
-    w.serve(0, range(16))
-    w.write_through(range(16))
-    elsewhere = [prefix.Place(prefix.Tier.STORAGE, (7,), False), prefix.Place(prefix.Tier.DEVICE, (9,), True)]
-    w.cache, w.index = prefix.move(w.cache, w.index, range(16), 2, elsewhere)
-    w.write_through(range(16), [*range(16), 5])
-    assert w.reusable(range(17)) == 8 and w.prefetch(range(17)) == 0
-    assert w.evict(100) == 0  # the last page is in flight
-    landed = [elsewhere[1]._replace(in_flight=False)]
-    w.cache, w.index = prefix.move(w.cache, w.index, range(16), 3, landed)
-    assert w.evict(100) == 3
-    assert w.prefetch(range(17)) == 4 and w.tier.traffic.pages_written == 4
-    w.check()
 
 
 def test_versions_may_be_used_by_many_threads():

@@ -17,9 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.sharding import NamedSharding, PartitionSpec
 
-from paxcache._allocator import running_sum
+from paxcache._allocator import count_at_most, running_sum
 from paxcache._quantize import QuantizedPages, encode, load, scales_of
+from paxcache._state import state
+from paxcache._types import INT32_MAX
 from paxcache.kernels._request import Pools, Rows, Scores, Shapes, shapes_of
 
 if TYPE_CHECKING:
@@ -34,8 +37,7 @@ WHOLE_ELEMENTS = 1 << 22
 """A step whose tables hold no more elements of K (or scores) than this goes without a loop: 16 MB in float32."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@state
 class Plan:
     """The tiles of a step and the running number of items; see the module's text."""
 
@@ -66,11 +68,13 @@ def make_plan(
     row_tiles = (query_lens + tile_len - 1) // tile_len
     num_tiles = num_rows * -(-max_query_len // tile_len)
     num_tiles = min(num_tiles, (num_tokens + num_rows * (tile_len - 1)) // tile_len)
+    if num_tiles * -(-max_pages // chunk_pages) > INT32_MAX:
+        raise ValueError(
+            f"{num_tokens} tokens × {max_pages} pages a row: int32 does not count the items of work"
+        )
     tile_ends = running_sum(row_tiles)
     tiles = jnp.arange(num_tiles, dtype=jnp.int32)
-    row = jnp.sum(
-        tile_ends[None, :] <= tiles[:, None], axis=1, dtype=jnp.int32
-    )  # num_rows past the last tile
+    row = count_at_most(tile_ends, tiles)  # num_rows past the last tile
     at = jnp.minimum(row, num_rows - 1)
     offsets = (tiles - (tile_ends - row_tiles)[at]) * tile_len
     lens = jnp.where(row < num_rows, jnp.minimum(query_lens[at] - offsets, tile_len), 0)
@@ -92,13 +96,38 @@ def paged_attention(
     max_query_len: int,
     plan: Any = None,
 ) -> tuple[Float[Array, "T H Dv"], Float[Array, "T H"]]:
-    """Attention of each row's queries over its own pages, and the log-sum-exp of each query's scores."""
+    """Attention of each row's queries over its own pages, and the log-sum-exp of each query's scores.
+
+    On a mesh with explicit axes the heads of the results lie where those of the pages lie, and their tokens where those
+    of the queries do; between, the compiler places what it computes.
+    """
+    if not isinstance(plan, Plan):
+        shapes = shapes_of(q, pools, rows, scores, max_query_len)
+        plan = make_plan(rows, shapes, sliding_window=scores.sliding_window, causal=scores.causal)
+    traced = {"sm_scale": scores.sm_scale, "sliding_window": scores.sliding_window, "sinks": scores.sinks}
+
+    def attend(arrays):
+        q, pools, rows, traced, plan = arrays
+        return _paged_attention(q, pools, rows, scores._replace(**traced), plan)
+
+    sharding = jax.typeof(jax.tree.leaves(pools.k)[0]).sharding
+    own = jax.typeof(q).sharding
+    mesh = sharding.mesh if sharding.mesh.explicit_axes else own.mesh
+    arrays = q, pools, rows, traced, plan
+    if not mesh.explicit_axes:
+        return attend(arrays)
+    heads = sharding.spec[2] if sharding.mesh.explicit_axes else own.spec[1]
+    tokens = own.spec[0] if own.mesh.explicit_axes and own.spec[0] != heads else None
+    out = NamedSharding(mesh, PartitionSpec(tokens, heads))
+    return jax.sharding.auto_axes(attend, axes=mesh.explicit_axes, out_sharding=(out, out))(arrays)
+
+
+def _paged_attention(
+    q: Float[Array, "T H D"], pools: Pools, rows: Rows, scores: Scores, plan: Plan
+) -> tuple[Float[Array, "T H Dv"], Float[Array, "T H"]]:
     k_pages, v_pages, layer = pools
     block_tables, seq_lens, query_starts, query_lens = rows
     sm_scale, soft_cap, sliding_window, sinks, causal, _ = scores
-    if not isinstance(plan, Plan):
-        shapes = shapes_of(q, pools, rows, scores, max_query_len)
-        plan = make_plan(rows, shapes, sliding_window=sliding_window, causal=causal)
     f32 = jnp.float32
     T, H, D = q.shape
     _, _, K, S, _ = k_pages.shape
@@ -109,9 +138,9 @@ def paged_attention(
     precision = lax.Precision.HIGHEST if products == f32 else None
 
     in_tile = jnp.arange(Q, dtype=jnp.int32)
-    tokens = query_starts[plan.tile_rows][:, None] + plan.tile_offsets[:, None] + in_tile
+    tokens = query_starts[plan.tile_rows][:, None] + plan.tile_offsets[:, None] + in_tile[None]
     q_tiles = q[jnp.minimum(tokens, T - 1)].reshape(num_tiles, Q, K, G, D)
-    positions = (seq_lens - query_lens)[plan.tile_rows][:, None] + plan.tile_offsets[:, None] + in_tile
+    positions = (seq_lens - query_lens)[plan.tile_rows][:, None] + plan.tile_offsets[:, None] + in_tile[None]
 
     def by_key(scales):
         """[N, C, K, S] beside scores [N, K, Q, G, C, S]."""
@@ -121,8 +150,9 @@ def paged_attention(
         """Softmax of tiles [N] over the pages in table columns [N, C]: unnormalised sum, maximum and denominator."""
         row = plan.tile_rows[tiles]
         pages = block_tables[row[:, None], jnp.minimum(columns, max_pages - 1)]
-        k_pos = columns[:, :, None] * S + jnp.arange(S, dtype=jnp.int32)
+        k_pos = columns[:, :, None] * S + jnp.arange(S, dtype=jnp.int32)[None, None]
         stored = ((pages >= 0) & (columns < max_pages))[:, :, None] & (k_pos < seq_lens[row][:, None, None])
+        stored &= (layer >= 0) & (layer < k_pages.shape[0])
         pages = jnp.maximum(pages, 0)
 
         k, k_scales = load(k_pages, layer, pages, q.dtype)  # [N, C, K, S, D]
@@ -151,9 +181,13 @@ def paged_attention(
         else:
             v, v_scales = load(v_pages, layer, pages, q.dtype)
         v = jnp.where(stored[:, :, None, :, None], v, 0)  # 0 × NaN is NaN
-        p_v = p
+        p_v, largest = p, None
         if v_scales is not None:
-            p_v = p * by_key(jnp.where(stored[:, :, None], v_scales, 0))
+            # Weights take the values' scales, each as a part of the largest: half precision has no room for small ones.
+            v_scales = jnp.where(stored[:, :, None], v_scales, 0)
+            largest = jnp.max(v_scales, axis=(1, 3))  # [N, K or 1]
+            v_scales = v_scales / jnp.where(largest > 0, largest, 1)[:, None, :, None]
+            p_v = p * by_key(v_scales)
         p_v = p_v.astype(v.dtype)
         if (
             Q * G <= S
@@ -163,17 +197,19 @@ def paged_attention(
             ).sum(1)
         else:
             acc = jnp.einsum("nkqgcs,ncksd->nkqgd", p_v, v, preferred_element_type=f32, precision=precision)
+        if largest is not None:
+            acc = acc * largest[:, :, None, None, None]
         return acc, m, p.sum(axis=(-2, -1))
 
     def step(i, carry):
         acc, m, l = carry
         item = i * num_items + jnp.arange(num_items, dtype=jnp.int32)
-        tile = jnp.sum(
-            plan.item_ends[None, :] <= item[:, None], axis=1, dtype=jnp.int32
-        )  # num_tiles past the end
+        tile = count_at_most(plan.item_ends, item)  # num_tiles past the end
         at = jnp.minimum(tile, num_tiles - 1)
         before = jnp.where(at > 0, plan.item_ends[jnp.maximum(at - 1, 0)], 0)
-        columns = ((plan.first_chunks[at] + item - before) * C)[:, None] + jnp.arange(C, dtype=jnp.int32)
+        columns = ((plan.first_chunks[at] + item - before) * C)[:, None] + jnp.arange(C, dtype=jnp.int32)[
+            None
+        ]
         acc_item, m_item, l_item = attend(at, columns)
         # Several items of one tile may meet here: the maximum first, then each item scaled to it. Items that stand
         # for the same tile write the same rescaled sums, so that the set is well defined, and then add to them.
@@ -205,7 +241,7 @@ def paged_attention(
     lse = jnp.where(l > 0, m + jnp.log(jnp.where(l > 0, l, 1)), -jnp.inf)
 
     # Back to the packed order. Padding writes nothing, so tokens that belong to no row stay zero.
-    to = jnp.where(in_tile < plan.tile_lens[:, None], tokens, T)
+    to = jnp.where(in_tile[None] < plan.tile_lens[:, None], tokens, T)
     out = jnp.moveaxis(out, 1, 2).reshape(num_tiles, Q, H, Dv)
     lse = jnp.moveaxis(lse, 1, 2).reshape(num_tiles, Q, H)
     out = jnp.zeros((T, H, Dv), q.dtype).at[to].set(out.astype(q.dtype), mode="drop")
@@ -213,6 +249,7 @@ def paged_attention(
     return out, lse
 
 
+@jax.jit  # eager calls too: on a mesh with explicit axes the tokens go where the pages are
 def write_pages(
     pools: Pools,
     k: Float[Array, "T K D"],
@@ -223,7 +260,8 @@ def write_pages(
     k_pages, v_pages, layer = pools
     num_pages, page_size = k_pages.shape[1], k_pages.shape[3]
     # A negative index wraps even with mode="drop", so that it is moved past the end first.
-    page = jnp.where(slot_mapping >= 0, slot_mapping // page_size, num_pages)
+    there = (slot_mapping >= 0) & (layer >= 0) & (layer < k_pages.shape[0])
+    page = jnp.where(there, slot_mapping // page_size, num_pages)
     offset = slot_mapping % page_size
 
     def write(pool, new):
@@ -293,6 +331,7 @@ def gather_pages(
     return jax.tree.map(gather, pages)
 
 
+@jax.jit  # as above
 def scatter_pages(
     pages: PyTree[Shaped[Array, "L P ..."]],
     page_ids: Int32[Array, "N"],

@@ -1,7 +1,5 @@
 """The host tier: pages in pinned host memory and back, preemption, stored prefixes, pools packed and resized, a store.
 
-Imports `_types`, `_checks`, `_allocator`, `ops`, `_cache` and `prefix`.
-
 What lies on the host is a value too: an `Extent` holds page-major blocks ``[N, L, ...]``, one leaf for each leaf of a
 group's pages, in memory of its own. It is written once, by one gather and one large transfer a leaf, and never again,
 so a transfer under way cannot meet a later write: a pool of host pages would be copied on each swap, or be written
@@ -17,6 +15,7 @@ while it is read. The memory returns when the last reference to the extent is dr
     cache, host, ticket = offload.preempt(cache, host, rows, by_layer=True)      # or swap_out; inside a model, then:
     cache, host, arrival, ok = offload.begin_resume(cache, host, ticket, rows)   # or begin_swap_in
     cache, arrival = offload.land(cache, layer, arrival, x)     # in each layer, while the next one's pages travel
+    cache = offload.cancel(cache, arrival)                      # or give up on what has not landed
 
     tier = offload.init_tier(config, num_pages)                 # below a prefix index: pages of prompts on the host
     cache, index, tier, _ = offload.evict(cache, index, tier, num_pages)   # to the host; also make_room, write_through
@@ -24,6 +23,8 @@ while it is read. The memory returns when the last reference to the extent is dr
 
     cache = offload.defragment(cache)                           # used pages to the front of their pools
     cache = offload.resize(cache, num_pages)
+    index = offload.resize_index(cache, index)                  # and the prefix index goes on with it
+    asleep = offload.sleep(cache)                               # no pools on the device until offload.wake(asleep)
 
 `PageStore` holds arrays by key in ordinary CPU memory, for many threads, and is the one object here that changes.
 `bind_thread` keeps a thread that makes pinned memory beside the GPU.
@@ -33,13 +34,19 @@ caller's jit donates them. Call `swap_out` and `preempt` outside jit where somet
 transfer within a program holds up what is launched after it. On the way back the pools need it, so whatever reads them
 waits; `land` makes that a layer at a time. Keep the two directions in programs of their own: within one, XLA may drop
 the way over the host. Nothing raises because of what values are: a refused call changes nothing and says so.
+
+JAX's GPU client takes at most 64 GB of pinned memory, whatever the machine has. Where that is too little, set
+``XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB`` (a number) in the environment before JAX first uses the GPU. A call outside jit
+that meets it raises MemoryError with the bytes that it wanted; a program of the caller's raises RESOURCE_EXHAUSTED.
 """
 
 from paxcache.offload._layers import Arrival as Arrival
 from paxcache.offload._layers import begin_resume as begin_resume
 from paxcache.offload._layers import begin_swap_in as begin_swap_in
+from paxcache.offload._layers import cancel as cancel
 from paxcache.offload._layers import fetch as fetch
 from paxcache.offload._layers import land as land
+from paxcache.offload._layers import time_layers as time_layers
 from paxcache.offload._layers import wait as wait
 from paxcache.offload._numa import Binding as Binding
 from paxcache.offload._numa import bind_thread as bind_thread
@@ -52,8 +59,12 @@ from paxcache.offload._policies import make_room as make_room
 from paxcache.offload._policies import match as match
 from paxcache.offload._policies import prefetch as prefetch
 from paxcache.offload._policies import write_through as write_through
+from paxcache.offload._pools import Asleep as Asleep
 from paxcache.offload._pools import defragment as defragment
 from paxcache.offload._pools import resize as resize
+from paxcache.offload._pools import resize_index as resize_index
+from paxcache.offload._pools import sleep as sleep
+from paxcache.offload._pools import wake as wake
 from paxcache.offload._rows import Host as Host
 from paxcache.offload._rows import Ticket as Ticket
 from paxcache.offload._rows import discard as discard
@@ -63,4 +74,6 @@ from paxcache.offload._rows import resume as resume
 from paxcache.offload._store import PageStore as PageStore
 from paxcache.offload._tier import HostTier as HostTier
 from paxcache.offload._tier import Traffic as Traffic
+from paxcache.offload._tier import clear as clear
 from paxcache.offload._tier import init_tier as init_tier
+from paxcache.offload._tier import remove as remove

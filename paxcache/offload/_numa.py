@@ -1,4 +1,4 @@
-"""Where host memory lies: binding a thread to the processor cores beside a GPU. Imports JAX alone."""
+"""Where host memory lies: binding a thread to the processor cores beside a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+
+from paxcache import _checks
 
 _SYSFS = Path("/sys")
 
@@ -37,6 +39,9 @@ def bind_thread(device: Any = None) -> Binding:
     Returns:
       A `Binding`.
 
+    Raises:
+      TypeError: device is no device.
+
     Example:
       >>> import jax
       >>> from paxcache import offload
@@ -46,6 +51,7 @@ def bind_thread(device: Any = None) -> Binding:
     Reference: NUMA binding of FastDeploy's cache manager; set_mempolicy(2) on where memory comes from.
     """
     device = jax.devices()[0] if device is None else device
+    _checks.instance("device", device, jax.Device, source="jax.devices")
     if not hasattr(os, "sched_setaffinity"):
         return Binding(None, frozenset(range(os.cpu_count() or 1)), "this system cannot bind threads")
     allowed = frozenset(os.sched_getaffinity(0))

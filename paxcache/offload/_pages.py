@@ -1,10 +1,11 @@
-"""Pages to host memory and back: extents. Imports `_types`, `_checks`, `_allocator`, `ops`, `_cache` and `prefix`.
+"""Pages to host memory and back: extents.
 
 What lies on the host is a value: it is written once, by one gather and one large transfer a leaf, and never again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
@@ -13,17 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paxcache import _allocator, _checks, ops
+from paxcache import _allocator, _cache, _checks, ops
 from paxcache._cache import _integers_only
 from paxcache._types import NO_PAGE, PagedKVCache, Pages
 from paxcache.prefix import _integers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
 
     from jaxtyping import Array, Bool, Int32
 
+    from paxcache._cache import Layer
     from paxcache.ops import Implementation
+
+type Layers = bool | tuple[tuple[int, ...], ...]
+"""Which blocks to make: False, whole pages; True, one of each layer; or one of these layers, by group."""
 
 ONE_PROGRAM_BYTES = 16 * 2**20
 """Copies of up to this size leave within the program that gathers them: beginning a transfer outside of it takes the
@@ -38,13 +43,16 @@ class Extent:
     """Copies of pages, by group. A value: nothing ever writes to it."""
 
     blocks: tuple[Any, ...]
-    """Per group, the pages' leaves as [N, L, ...], in host memory; or, by layer, a tuple over L of leaves [N, ...]."""
+    """Per group, the pages' leaves as [N, L, ...], in host memory; or, by layer, a tuple over L of leaves [N, ...],
+    None for a layer that was not chosen."""
     held: tuple[Bool[Array, "N"], ...]
     """Per group, which entries hold a page; the others are padding."""
 
 
 def space(memory_kind: str) -> Any:
     """JAX's name for a memory kind, which the device must have."""
+    if not isinstance(memory_kind, str):
+        raise TypeError(f"memory_kind: expected one of {tuple(_SPACES)}, got {_checks.describe(memory_kind)}")
     if memory_kind not in _SPACES:
         raise ValueError(f"memory_kind: expected one of {tuple(_SPACES)}, got {memory_kind!r}")
     if memory_kind == "pinned_host":
@@ -62,10 +70,24 @@ def by_group(name: str, value: Any, num_groups: int, *, minimum: int) -> tuple[i
     return tuple(_checks.static_int(name, v, minimum=minimum) for v in values)
 
 
+def flag(name: str, value: Any) -> bool:
+    """A Python bool."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected True or False, got {_checks.describe(value)}")
+    return bool(value)
+
+
 def size_class(num_pages: int) -> int:
     """The next number of pages that has at most four binary digits before its zeros."""
     step = 1 << max(num_pages.bit_length() - 4, 0)
     return -(-num_pages // step) * step
+
+
+def pieces(num_pages: int, page_bytes: int, most_bytes: int) -> list[int]:
+    """Sizes of blocks of at most so many bytes, or of one page, for so many pages."""
+    most = max(most_bytes // page_bytes, 1)
+    whole, rest = divmod(num_pages, most)
+    return [most] * whole + ([min(size_class(rest), most)] if rest else [])
 
 
 def shapes_of(pools: Iterable[Pages]) -> tuple[tuple[Any, ...], ...]:
@@ -76,12 +98,34 @@ def shapes_of(pools: Iterable[Pages]) -> tuple[tuple[Any, ...], ...]:
     )
 
 
+@contextlib.contextmanager
+def allocating(memory_kind: str, num_bytes: int) -> Iterator[None]:
+    """Around what takes so many bytes of host memory: says what to do where there are not as many."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if memory_kind != "pinned_host" or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(
+            f"no room for {num_bytes} bytes of pinned host memory. JAX's GPU client takes at most 64 GB of it, or as "
+            "many GB as XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says in the environment when JAX first uses the GPU. Raise "
+            "that bound if the machine has more, or drop extents, tickets and tiers that are not needed. "
+            f"XLA says: {error}"
+        ) from error
+
+
+def num_bytes_of(tree: Any) -> int:
+    """Bytes of a tree's arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
 def put(tree: Any, memory_kind: str) -> Any:
     """The arrays in another memory. Inside jit the transfer is part of the program; outside it is only begun."""
     there = space(memory_kind)
     if not _checks.is_traced(tree):
         there = jax.tree.map(lambda x: x.sharding.with_memory_kind(memory_kind), tree)
-    return jax.device_put(tree, there)
+    with allocating(memory_kind, num_bytes_of(tree)):
+        return jax.device_put(tree, there)
 
 
 def copy_out(
@@ -89,7 +133,7 @@ def copy_out(
     page_ids: tuple[Any, ...],
     memory_kind: str,
     implementation: Implementation,
-    by_layer: bool = False,
+    by_layer: Layers = False,
 ) -> tuple[Any, ...]:
     """Blocks of the named pages in another memory; zeros for ids outside a pool.
 
@@ -102,13 +146,15 @@ def copy_out(
 
 def _copy_out(pages, page_ids, ref_counts, memory_kind, implementation, by_layer):
     """As `copy_out`; with counts only of pages that have one, and by group which those are."""
-    sizes = [
+    space(memory_kind)
+    num_bytes = sum(
         ids.shape[0] * leaf.nbytes // leaf.shape[1]
         for pool, ids in zip(pages, page_ids, strict=True)
         for leaf in jax.tree.leaves(pool)
-    ]
-    within = memory_kind if sum(sizes) <= ONE_PROGRAM_BYTES else "device"
-    blocks, held = _gather(pages, page_ids, ref_counts, within, implementation, by_layer)
+    )
+    within = memory_kind if num_bytes <= ONE_PROGRAM_BYTES else "device"
+    with allocating(within, num_bytes):
+        blocks, held = _gather(pages, page_ids, ref_counts, within, implementation, by_layer)
     return blocks if within == memory_kind else put(blocks, memory_kind), held
 
 
@@ -119,10 +165,13 @@ def _gather(pages, page_ids, ref_counts, memory_kind, implementation, by_layer):
     if ref_counts is not None:
         page_ids, held = _find_pages(ref_counts, page_ids)
     blocks = []
-    for pool, ids in zip(pages, page_ids, strict=True):
+    for g, (pool, ids) in enumerate(zip(pages, page_ids, strict=True)):
         if by_layer:
             layers = range(jax.tree.leaves(pool)[0].shape[0])
-            blocks.append(tuple(_take_layer(pool, layer, ids, implementation) for layer in layers))
+            chosen = layers if by_layer is True else by_layer[g]
+            blocks.append(
+                tuple(_take_layer(pool, i, ids, implementation) if i in chosen else None for i in layers)
+            )
         else:
             blocks.append(_take(pool, ids, implementation))
     return put(tuple(blocks), memory_kind), held
@@ -159,11 +208,11 @@ def _take_layer(pool, layer, ids, implementation):
 
 
 def put_layer(pool, layer, ids, block, implementation):
-    """The pool with a block [N, ...] in one layer of the named pages."""
+    """The pool with a block [N, ...], on the device, in one layer of the named pages."""
     if not ids.shape[0]:
         return pool
     flat, ids = _of_layer(pool, layer, ids)
-    block = jax.tree.map(lambda x: x[:, None], jax.device_put(block, jax.memory.Space.Device))
+    block = jax.tree.map(lambda x: x[:, None], block)
     flat = ops.scatter_pages(flat, ids, block, implementation=implementation)
     return jax.tree.map(lambda x, old: x.reshape(old.shape), flat, pool)
 
@@ -174,7 +223,9 @@ def _copy_in(pages, page_ids, blocks, implementation):
     for pool, ids, block in zip(pages, page_ids, blocks, strict=True):
         if isinstance(block, tuple):
             for layer, part in enumerate(block):
-                pool = put_layer(pool, layer, ids, part, implementation)  # noqa: PLW2901
+                here = jax.device_put(part, jax.memory.Space.Device)
+                if part is not None:
+                    pool = put_layer(pool, layer, ids, here, implementation)  # noqa: PLW2901
         elif ids.shape[0]:
             here = jax.device_put(block, jax.memory.Space.Device)
             pool = ops.scatter_pages(pool, ids, here, implementation=implementation)  # noqa: PLW2901
@@ -200,14 +251,20 @@ def check_extent(name: str, cache: PagedKVCache, extent: Extent) -> None:
     """Blocks that fit the cache's pages in structure, shape and dtype."""
     _checks.instance("cache", cache, PagedKVCache)
     _checks.instance(name, extent, Extent, source="swap_out")
-    if len(extent.blocks) != len(cache.groups):
-        raise ValueError(
-            f"{name}: expected pages of {len(cache.groups)} groups, got those of {len(extent.blocks)}"
-        )
+    for part in (extent.blocks, extent.held):
+        if not isinstance(part, tuple):
+            raise TypeError(f"{name}: expected pages by group, got {_checks.describe(part)}")
+        if len(part) != len(cache.groups):
+            raise ValueError(
+                f"{name}: expected pages of {len(cache.groups)} groups, got those of {len(part)}"
+            )
     for g, (group, blocks) in enumerate(zip(cache.groups, extent.blocks, strict=True)):
-        N, like = extent.held[g].shape[0], group.pages
+        N = _checks.bool_array(f"{name}'s held", extent.held[g], "N").shape[0]
+        like: Any = group.pages
         if isinstance(blocks, tuple):
-            like = (like,) * jax.tree.leaves(like)[0].shape[0]
+            L = jax.tree.leaves(like)[0].shape[0]
+            chosen = [block is not None for block in blocks] if len(blocks) == L else [True] * L
+            like = tuple(like if here else None for here in chosen)
         if jax.tree.structure(like) != jax.tree.structure(blocks):
             raise ValueError(
                 f"{name}: expected leaves like group {g}'s pages, {jax.tree.structure(like)}, "
@@ -215,7 +272,7 @@ def check_extent(name: str, cache: PagedKVCache, extent: Extent) -> None:
             )
         for pool, block in zip(jax.tree.leaves(like), jax.tree.leaves(blocks), strict=True):
             expected = (N, *(() if isinstance(blocks, tuple) else pool.shape[:1]), *pool.shape[2:])
-            if block.shape != expected or block.dtype != pool.dtype:
+            if getattr(block, "shape", None) != expected or block.dtype != pool.dtype:
                 raise ValueError(
                     f"{name}: expected {pool.dtype}{list(expected)} for group {g}, got {_checks.describe(block)}"
                 )
@@ -231,15 +288,29 @@ def _check_page_ids(cache: PagedKVCache, page_ids: Any) -> tuple[Int32[Array, "N
     return tuple(_checks.int_array("page_ids", x, "N") for x in ids)
 
 
+def _chosen(cache: PagedKVCache, layers: Sequence[Layer]) -> tuple[tuple[int, ...], ...]:
+    """Layers by group."""
+    if isinstance(layers, str) or not hasattr(layers, "__iter__"):
+        raise TypeError(f"layers: expected a sequence of layers, got {_checks.describe(layers)}")
+    chosen: list[set[int]] = [set() for _ in cache.groups]
+    for layer in layers:
+        group, index = _cache.locate(cache, layer)
+        if not isinstance(index, (int, np.integer)):
+            raise TypeError(f"layers: expected static layers, got {_checks.describe(index)} in group {group}")
+        chosen[group].add(int(index))
+    return tuple(tuple(sorted(indices)) for indices in chosen)
+
+
 def swap_out(
     cache: PagedKVCache,
     page_ids: Int32[Array, "N"] | tuple[Int32[Array, "N"], ...],
     *,
     memory_kind: str = "pinned_host",
     by_layer: bool = False,
+    layers: Sequence[Layer] | None = None,
     implementation: Implementation = None,
 ) -> Extent:
-    """Copies pages, with all their layers, to host memory. The cache and its references stay as they are.
+    """Copies pages, with all their layers or some, to host memory. The cache and its references stay as they are.
 
     Outside jit the copies are gathered by one program and leave while others run, taking as much room on the device
     until they have left; the cache may be donated at once. Up to 16 MiB leave within that program, which is sooner.
@@ -256,6 +327,7 @@ def swap_out(
         page that nobody references is nobody's to copy and counts as padding too.
       memory_kind: where the copies go: "pinned_host", or "device" for those who only want a copy.
       by_layer: makes a block of each layer, for `begin_swap_in`: whole pages are fewer, larger transfers.
+      layers: copies these layers alone, each in a block of its own; static numbers as in `append`. None: all of them.
       implementation: backend of the gather, see `paxcache.ops`.
 
     Returns:
@@ -264,6 +336,7 @@ def swap_out(
     Raises:
       ValueError, TypeError: an argument's shape or type is wrong.
       NotImplementedError: the device has no such memory.
+      MemoryError: JAX's pool of pinned memory is too small (outside jit), see `paxcache.offload`.
 
     Example:
       >>> import jax.numpy as jnp, paxcache
@@ -277,18 +350,25 @@ def swap_out(
 
     Reference: the swap kernels of FastDeploy's cache manager; the host tier of SGLang's HiCache.
     """
+    _checks.instance("cache", cache, PagedKVCache)
     ids = _check_page_ids(cache, page_ids)
     ref_counts = tuple(g.ref_counts for g in cache.groups)
-    return Extent(*_copy_out(pages_of(cache), ids, ref_counts, memory_kind, implementation, by_layer))
+    by_layer = flag("by_layer", by_layer)
+    chosen = by_layer if layers is None else _chosen(cache, layers)
+    return Extent(*_copy_out(pages_of(cache), ids, ref_counts, memory_kind, implementation, chosen))
 
 
 def swap_in(
-    cache: PagedKVCache, extent: Extent, *, implementation: Implementation = None
+    cache: PagedKVCache,
+    extent: Extent,
+    *,
+    page_ids: Int32[Array, "N"] | tuple[Int32[Array, "N"], ...] | None = None,
+    implementation: Implementation = None,
 ) -> tuple[PagedKVCache, tuple[Int32[Array, "N"], ...], Bool[Array, ""]]:
-    """Copies an extent's pages into free pages, all of them in all groups or none.
+    """Copies an extent's pages into free pages, or into given ones; all of them in all groups or none.
 
-    Each of the pages comes with one reference, which is the caller's: hand the pages on (`prefix.move` takes references
-    of its own), then give them back with `drop`.
+    Each page that was free comes with one reference, which is the caller's: hand the pages on, then give them back with
+    `drop`. Given pages keep the references that they have, and layers that the extent does not hold stay as they are.
 
     The transfer is part of the program that writes the pools, which a caller's jit may donate to it; what is launched
     after it waits for the link. `begin_swap_in` spreads that over the layers of a model.
@@ -296,14 +376,18 @@ def swap_in(
     Args:
       cache: the cache.
       extent: from `swap_out`; it stays valid.
+      page_ids: i32[N] the page for each of the extent's entries, or a tuple of one such array a group: pages that have
+        a reference, none twice; those of entries that hold nothing are ignored. None: free ones, whose other layers
+        hold anything where the extent holds some layers only.
       implementation: backend of the scatter, see `paxcache.ops`.
 
     Returns:
       The cache; per group the pages that the extent's entries lie in now, NO_PAGE for padding and where refused; and
-      ok bool[]: False if some group has too few free pages.
+      ok bool[]: False, with nothing changed, if some group has too few free pages, or if a given page is out of range,
+      named twice or free.
 
     Raises:
-      ValueError, TypeError: the extent does not fit the cache.
+      ValueError, TypeError: the extent does not fit the cache, or page_ids the extent.
 
     Example:
       >>> import jax.numpy as jnp, paxcache
@@ -315,11 +399,35 @@ def swap_in(
       >>> cache, page_ids, ok = offload.swap_in(cache, extent)
       >>> page_ids[0].tolist(), ok.item()
       ([2, -1, 3], True)
+      >>> second = offload.swap_out(cache, jnp.array([2, 3]), layers=[1])           # one layer goes ...
+      >>> offload.swap_in(cache, second, page_ids=jnp.array([2, 3]))[2].item()      # ... and comes back to its place
+      True
     """
     check_extent("extent", cache, extent)
-    new, targets, page_ids, ok = _integers_only(_swap_in, cache, extent.held)
+    if page_ids is None:
+        new, targets, found, ok = _integers_only(_swap_in, cache, extent.held, 1)
+    else:
+        given = _check_page_ids(cache, page_ids)
+        for ids, held in zip(given, extent.held, strict=True):
+            _checks.int_array("page_ids", ids, "N", N=held.shape[0])
+        new = cache
+        found, ok = _find_given(tuple(g.ref_counts for g in cache.groups), extent.held, given)
+        targets = found
     pages = copy_in(pages_of(new), targets, extent.blocks, implementation)
-    return with_pages(new, pages), page_ids, ok
+    return with_pages(new, pages), found, ok
+
+
+@jax.jit
+def _find_given(ref_counts, held, page_ids):
+    """The pages of held entries, NO_PAGE for the others and everywhere unless each has a reference and one entry."""
+    ok, found = jnp.bool_(True), []
+    for counts, wanted, given in zip(ref_counts, held, page_ids, strict=True):
+        P = counts.shape[0]
+        ids = jnp.where(wanted, given, NO_PAGE)
+        fine = _allocator.named_once(ids, P) & (counts[jnp.clip(ids, 0, P - 1)] > 0)
+        ok &= (fine | ~wanted).all()
+        found.append(ids)
+    return tuple(jnp.where(ok, ids, NO_PAGE) for ids in found), ok
 
 
 def take(
@@ -340,14 +448,15 @@ def take(
     return tuple(taken), ok
 
 
-@jax.jit
-def _swap_in(cache, held):
+@functools.partial(jax.jit, static_argnums=2)
+def _swap_in(cache, held, references):
+    """Takes pages, each with so many references."""
     counts = tuple(g.ref_counts for g in cache.groups)
     targets, ok = take(counts, held, jnp.bool_(True))
     groups, page_ids = [], []
     for group, pages in zip(cache.groups, targets, strict=True):
         page_ids.append(jnp.where(pages < group.ref_counts.shape[0], pages, NO_PAGE))
-        new = _allocator.add_references(group.ref_counts, page_ids[-1], 1)
+        new = _allocator.add_references(group.ref_counts, page_ids[-1], references)
         groups.append(dataclasses.replace(group, ref_counts=new))
     return dataclasses.replace(cache, groups=tuple(groups)), targets, tuple(page_ids), ok
 
@@ -376,4 +485,10 @@ def drop(cache: PagedKVCache, page_ids: Int32[Array, "N"] | tuple[Int32[Array, "
       >>> paxcache.stats(offload.drop(cache, page_ids)).num_used_pages.item()
       2
     """
-    return _integers_only(_integers._add_references, cache, _check_page_ids(cache, page_ids), np.int32(-1))
+    _checks.instance("cache", cache, PagedKVCache)
+    return give_back(cache, _check_page_ids(cache, page_ids))
+
+
+def give_back(cache: PagedKVCache, page_ids: tuple[Int32[Array, "N"], ...]) -> PagedKVCache:
+    """Takes one reference from each of the pages of each group; negative ids count for none."""
+    return _integers_only(_integers._add_references, cache, page_ids, np.int32(-1))

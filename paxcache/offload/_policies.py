@@ -1,10 +1,10 @@
-"""A prefix index with a host tier below it: write-back, write-through, prefetch. Imports `_tier`, `_pages`, `prefix`.
+"""A prefix index with a host tier below it: write-back, write-through, prefetch.
 
 A tier does not know the index and the index does not know it: a page may lie on the device, on the host, or on both,
 calls of `prefix` stay as they are, and whatever becomes of an index, no host memory is lost. There is no page in
 flight: a copy out is read from a version of the pools that nobody changes, a page that comes in is stored in the index
-together with the pools that it was written to, and a block on the host is written once. What must wait for what follows
-from the data.
+together with the pools that it was written to, and a block on the host is written once. Data dependencies order the
+transfers; there are no flags.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from paxcache import _checks
 from paxcache._types import NO_PAGE, PagedKVCache, Pages
 from paxcache.offload import _pages, _tier
 from paxcache.offload._tier import HostTier
-from paxcache.prefix import _host, _index, _integers, _keys, _tree
-from paxcache.prefix._index import Index, Node, Tier
+from paxcache.prefix import _host, _index, _integers, _keys, _policy, _tree
+from paxcache.prefix._index import Index, Node
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -38,17 +38,49 @@ _DIRECT_BYTES = 2**21
 
 def _check(cache: PagedKVCache, index: Index, tier: HostTier) -> None:
     _host._check_cache(cache, index)
-    _checks.instance("tier", tier, HostTier, source="offload.init_tier")
+    _check_stores(index, tier)
     if _pages.shapes_of(_pages.pages_of(cache)) != tier.shapes:
         raise ValueError("tier: made for another config: its pages have other shapes than the cache's")
 
 
+def _check_stores(index: Index, tier: HostTier) -> None:
+    _checks.instance("index", index, Index, source="prefix.init")
+    _checks.instance("tier", tier, HostTier, source="offload.init_tier")
+    if len(index.windows) != len(tier.capacity):
+        raise ValueError(
+            f"tier: expected one of {len(index.windows)} groups like index, got one of {len(tier.capacity)}"
+        )
+
+
+def _check_eviction(index: Index, policy: Policy, now: float | None) -> None:
+    if not isinstance(policy, str):
+        raise TypeError(f"policy: expected a name, got {_checks.describe(policy)}")
+    _policy.orders(policy)
+    _check_time(index, now)
+
+
+def _check_time(index: Index, now: float | None) -> None:
+    """A time that is not before the index's, whether it is needed or not."""
+    if now is None:
+        return
+    if isinstance(now, bool) or not isinstance(now, (int, float, np.number)):
+        raise TypeError(f"now: expected a time, got {_checks.describe(now)}")
+    if not index.now <= now < math.inf:
+        raise ValueError(f"now: expected a finite time, {index.now} or later, got {now}")
+
+
+def _check_list(name: str, values: Any) -> Sequence[Any]:
+    """A list of whatever it is to hold."""
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name}: expected a list, got {_checks.describe(values)}")
+    return values
+
+
 def _pages_of(node: Node, pages: Iterable[int]) -> Iterable[Item]:
-    """Those of a run's pages, given by their places in it, that lie on the device."""
+    """A run's pages, given by their places in it."""
     run, table, size = node.run, node.run.table, _keys.KEY_BYTES
     for page in pages:
-        if run.where[page] == Tier.DEVICE:
-            yield run.keys[page * size : (page + 1) * size], table[page]
+        yield run.keys[page * size : (page + 1) * size], table[page]
 
 
 # Write policies.
@@ -88,8 +120,11 @@ def evict(
     Reference: the write-back policy of SGLang's HiCache and of FastDeploy's cache manager.
     """
     _check(cache, index, tier)
+    _check_eviction(index, policy, now)
     num_pages = _checks.static_int("num_pages", num_pages, minimum=0)
-    return _evict(cache, index, tier, [num_pages] * len(cache.groups), policy, now, implementation)
+    needs = [num_pages] * len(cache.groups)
+    cache, index, tier, freed = _evict(cache, index, tier, needs, policy, now, implementation)
+    return cache, index, tier, min(freed)
 
 
 def make_room(
@@ -132,17 +167,20 @@ def make_room(
       (1, (1,), 8)
     """
     _check(cache, index, tier)
+    _check_eviction(index, policy, now)
     missing = _integers.shortfall(cache, query_lens, num_tokens=num_tokens, max_query_len=max_query_len)
-    return _evict(cache, index, tier, np.asarray(missing).tolist(), policy, now, implementation)
+    needs = np.asarray(missing).tolist()
+    cache, index, tier, freed = _evict(cache, index, tier, needs, policy, now, implementation)
+    return cache, index, tier, max(freed)
 
 
 def _evict(cache, index, tier, needs, policy, now, implementation):
     left, index, freed, gone = _host._evict(cache, index, needs, policy, now)
     items = (
         item
-        for leaf, pages in gone
-        if leaf.epoch == index.epoch
-        for item in _pages_of(leaf, reversed(range(leaf.end - pages, leaf.end)))
+        for some in gone
+        if some.node.epoch == index.epoch
+        for item in zip(reversed(_keys.split_keys(some.keys)), reversed(some.ids), strict=True)
     )
     return left, index, _tier.store(cache, tier, items, index.epoch, implementation), freed
 
@@ -194,7 +232,8 @@ def write_through(
     """
     _check(cache, index, tier)
     min_hits = _checks.static_int("min_hits", min_hits, minimum=0)
-    extra_keys = [None] * len(prompts) if extra_keys is None else extra_keys
+    prompts = _check_list("prompts", prompts)
+    extra_keys = [None] * len(prompts) if extra_keys is None else _check_list("extra_keys", extra_keys)
     if len(extra_keys) != len(prompts):
         raise ValueError(
             f"extra_keys: expected one for each of {len(prompts)} prompts, got {len(extra_keys)}"
@@ -244,11 +283,9 @@ def _find(index: Index, tier: HostTier, prompt: Prompt) -> _Found:
     S, G, draft = index.page_size, len(index.windows), _tier.Draft(tier)
     none: Slots = (None,) * G
     path = _index.walk(index, prompt).path
-    ids, where = _host._places(index, path)
     most = min(prompt.num_pages, index.max_pages)
-    here = where[:most] == Tier.DEVICE
-    num_device = len(here) if here.all() else int(here.argmin())
-    ids = ids[:num_device]
+    ids = _host._ids(index, path)[:most]
+    num_device = len(ids)
     size = _keys.KEY_BYTES
     keys = b"".join(
         node.run.keys[node.start * size : (node.start + count) * size]
@@ -265,17 +302,16 @@ def _find(index: Index, tier: HostTier, prompt: Prompt) -> _Found:
         if (ids[page] == NO_PAGE).any():
             slots[page] = draft.slots(keys[page])
 
-    if num_device == len(where[:most]):  # not where the index has it in another tier of the caller's
-        for page in range(num_device, most):
-            parent = keys[-1] if keys else _keys.root_key(prompt)
-            key = _keys.chain(prompt._replace(num_tokens=(page + 1) * S), page, parent)
-            entry = _tree.get(tier.entries, key)
-            if entry is None or any(
-                s is None and w is None for s, w in zip(entry.slots, index.windows, strict=True)
-            ):
-                break
-            keys.append(key)
-            slots.append(entry.slots)
+    for page in range(num_device, most):
+        parent = keys[-1] if keys else _keys.root_key(prompt)
+        key = _keys.chain(prompt._replace(num_tokens=(page + 1) * S), page, parent)
+        entry = _tree.get(tier.entries, key)
+        if entry is None or any(
+            s is None and w is None for s, w in zip(entry.slots, index.windows, strict=True)
+        ):
+            break
+        keys.append(key)
+        slots.append(entry.slots)
     on_host = np.full((len(keys) - num_device, G), NO_PAGE, np.int32)
     return _Found(num_device, device_len, keys, np.concatenate([ids, on_host]), slots)
 
@@ -307,8 +343,8 @@ def match(
 ) -> int:
     """Tokens of a prompt that `prefix.admit` can reuse once `prefetch` has brought in what is on the host.
 
-    Reads index and tier alone. What the device has of it now tells `prefix.match`. On the host full pages count, by
-    their stable keys.
+    Reads index and tier alone. `prefix.match` tells how much of it is on the device now. On the host full pages count,
+    by their stable keys.
 
     Args:
       index: the index.
@@ -323,8 +359,9 @@ def match(
 
     Example: see `make_room`.
     """
+    _check_stores(index, tier)
     prompt = _host._prompt(index, tokens, extra_key)
-    here = _host._match(index, prompt, limit=max(prompt.num_tokens - 1, 0), partial=True, device_only=True)
+    here = _host._match(index, prompt, limit=max(prompt.num_tokens - 1, 0), partial=True)
     return max(here.num_tokens, _needed(index, prompt, _find(index, tier, prompt), math.inf)[0])
 
 
@@ -375,6 +412,11 @@ def prefetch(
     Reference: loading back of SGLang's HiCache; FastDeploy's prefetch before scheduling.
     """
     _check(cache, index, tier)
+    if policy is None:
+        _check_time(index, now)
+    else:
+        _check_eviction(index, policy, now)
+    donate = _pages.flag("donate", donate)
     most = math.inf if max_pages is None else _checks.static_int("max_pages", max_pages, minimum=0)
     prompt = _host._prompt(index, tokens, extra_key)
     found, blocks = _find(index, tier, prompt), tier.blocks  # they stay, whatever the host forgets below
@@ -417,7 +459,7 @@ def prefetch(
     taken: list[list[int]] = [[] for _ in cache.groups]
     stored = prompt._replace(num_tokens=len(table) * index.page_size)
     _host._publish(draft, stored, table, taken, worth, extra_key)
-    cache = _integers.add_references(_pages.with_pages(cache, tuple(pools)), taken, 1)
+    cache = _integers.add_references(_pages.with_pages(cache, tuple(pools)), taken, 1, draft.holdings)
     return cache, draft.done(), tier_draft.done(), int(need.any(axis=1).sum())
 
 

@@ -1,16 +1,18 @@
-"""Preemption: whole rows to host memory and back, by tickets, with an account of what they hold. Imports `_pages`."""
+"""Preemption: whole rows to host memory and back, by tickets, with an account of what they hold."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+import secrets
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from paxcache import _allocator, _checks
-from paxcache._cache import _integers_only
+from paxcache._cache import _integers_only, row_epochs
 from paxcache._types import INT32_MAX, NO_PAGE, CacheConfig, PagedKVCache
 from paxcache.offload import _pages
 from paxcache.offload._pages import Extent
@@ -33,6 +35,9 @@ class Host:
     serials: Int32[Array, "C"]
     """Serial numbers of the tickets that are out; NO_PAGE where an entry is free. A used ticket is not taken twice."""
     next_serial: Int32[Array, ""]
+    """Each row of a ticket takes a number."""
+    identity: Int32[Array, ""]
+    """Drawn at random by `init`: tickets of another account are not taken."""
     memory_kind: str = dataclasses.field(default="pinned_host", metadata={"static": True})
 
 
@@ -53,10 +58,26 @@ class Ticket:
     entry: Int32[Array, ""]
     """Where the host's account has the ticket; NO_PAGE if it holds no page and needs no account."""
     serial: Int32[Array, ""]
+    identity: Int32[Array, ""]
+    """The account's."""
+
+
+class Waiting(NamedTuple):
+    """Rows whose pages are on their way, see `take_rows`."""
+
+    marks: Int32[Array, "N"]
+    """Stands in the cache's `epochs` of such a row until all has landed; 0 for rows that wait for nothing."""
+    epochs: Int32[Array, "N"]
+    """What is to stand there then."""
+    block_tables: tuple[Int32[Array, "N M"], ...]
+    """Per group, as in the ticket."""
 
 
 def init(config: CacheConfig, num_pages: int | tuple[int, ...], *, memory_kind: str = "pinned_host") -> Host:
     """An account of host memory, for `preempt`. Reserves nothing: each ticket brings its own memory.
+
+    An account has an identity, drawn by this call, and takes its own tickets alone. Call it outside jit: a traced call
+    draws once for all runs of its program.
 
     Memory that is needed for the first time costs more than the transfer, see `swap_out`.
 
@@ -94,7 +115,8 @@ def account(name: str, num_groups: int, num_pages: int | tuple[int, ...], memory
     # A ticket that is out holds a page at least.
     serials = jnp.full(max(sum(capacity), 1), NO_PAGE, jnp.int32)
     used = jnp.zeros(len(capacity), jnp.int32)
-    return Host(jnp.array(capacity, jnp.int32), used, serials, jnp.int32(0), memory_kind)
+    identity = jnp.int32(secrets.randbelow(INT32_MAX))
+    return Host(jnp.array(capacity, jnp.int32), used, serials, jnp.int32(0), identity, memory_kind)
 
 
 def _check_host(cache: PagedKVCache, host: Host) -> None:
@@ -103,6 +125,21 @@ def _check_host(cache: PagedKVCache, host: Host) -> None:
     if host.capacity.shape != (len(cache.groups),):
         raise ValueError(
             f"host: expected one of {len(cache.groups)} groups, got one of {host.capacity.shape[0]}"
+        )
+
+
+def _check_ticket(host: Host, ticket: Ticket) -> None:
+    """A ticket that the account made; inside jit `_give_up` finds one that it did not."""
+    _checks.instance("host", host, Host, source="offload.init")
+    _checks.instance("ticket", ticket, Ticket, source="preempt")
+    if len(ticket.extent.held) != host.capacity.shape[0]:
+        raise ValueError(
+            f"ticket: expected one of {host.capacity.shape[0]} groups like host, got one of {len(ticket.extent.held)}"
+        )
+    identities = host.identity, ticket.identity
+    if not _checks.is_traced(*identities) and not np.array_equal(*jax.device_get(identities)):
+        raise ValueError(
+            "ticket: made by another account than host; each belongs to the one that preempt was given"
         )
 
 
@@ -137,10 +174,12 @@ def preempt(
 
     Returns:
       The cache with the rows idle, the account, and a `Ticket`. ``ticket.ok`` is False, and nothing has changed, if a
-      row is out of range or named twice, or if the pages pass `max_pages` or what is left of the host's capacity.
+      row is out of range or named twice, if not all layers of it have landed after `begin_resume`, or if the pages pass
+      `max_pages` or what is left of the host's capacity.
 
     Raises:
       ValueError, TypeError: an argument's shape or type is wrong.
+      MemoryError: JAX's pool of pinned memory is too small (outside jit), see `paxcache.offload`.
 
     Example:
       >>> import jax.numpy as jnp, paxcache
@@ -160,6 +199,7 @@ def preempt(
     """
     _check_host(cache, host)
     rows = _checks.int_array("rows", rows, "N")
+    by_layer = _pages.flag("by_layer", by_layer)
     if max_pages is not None:
         bounds = _pages.by_group("max_pages", max_pages, len(cache.groups), minimum=0)
     elif _checks.is_traced(cache, host, rows):
@@ -203,6 +243,8 @@ def _preempt(cache, host, rows, bounds):
     mapped = [_mapped(g.block_tables, g.ref_counts, rows) for g in cache.groups]
     counts = jnp.stack([pages.sum(dtype=jnp.int32) for _, pages in mapped])
     ok = (_allocator.named_once(rows, B) | (rows == -1)).all()
+    at = jnp.clip(rows, 0, B - 1)
+    ok &= ~((cache.epochs[at] < 0) & (rows >= 0)).any()  # not all of them is there to be copied
     ok &= (counts <= jnp.array(bounds, jnp.int32)).all() & (counts <= host.capacity - host.used).all()
     counts = jnp.where(ok, counts, 0)
 
@@ -216,7 +258,6 @@ def _preempt(cache, host, rows, bounds):
         left, references = _allocator.unmap(group.block_tables, group.ref_counts, gone[:, None])
         groups.append(dataclasses.replace(group, block_tables=left, ref_counts=references))
 
-    at = jnp.clip(rows, 0, B - 1)
     lens, epochs = (jnp.where(ok & (rows >= 0), x[at], 0) for x in (cache.seq_lens, cache.epochs))
     holds = (counts > 0).any()
     C = host.serials.shape[0]
@@ -227,11 +268,12 @@ def _preempt(cache, host, rows, bounds):
         host,
         used=host.used + counts,
         serials=host.serials.at[jnp.where(holds, free, C)].set(serial, mode="drop"),
-        next_serial=host.next_serial + holds.astype(jnp.int32),
+        next_serial=(host.next_serial + jnp.where(holds, rows.shape[0], 0)) & INT32_MAX,
     )
-    ticket = Ticket(ok, lens, epochs, tuple(tables), Extent((), tuple(held)), entry, serial)
+    ticket = Ticket(ok, lens, epochs, tuple(tables), Extent((), tuple(held)), entry, serial, host.identity)
     lens, epochs = (jnp.where(gone, 0, x) for x in (cache.seq_lens, cache.epochs))
-    return PagedKVCache(lens, tuple(groups), epochs), account, ticket, tuple(ids)
+    cache = dataclasses.replace(cache, seq_lens=lens, groups=tuple(groups), epochs=epochs)
+    return cache, account, ticket, tuple(ids)
 
 
 def _give_up(host: Host, ticket: Ticket, ok: Bool[Array, ""]) -> tuple[Host, Bool[Array, ""]]:
@@ -239,7 +281,7 @@ def _give_up(host: Host, ticket: Ticket, ok: Bool[Array, ""]) -> tuple[Host, Boo
     C = host.serials.shape[0]
     known = host.serials.at[jnp.maximum(ticket.entry, 0)].get(mode="fill", fill_value=NO_PAGE)
     accounted = ticket.entry >= 0
-    ok &= ticket.ok & (~accounted | (known == ticket.serial))
+    ok &= ticket.ok & (~accounted | (known == ticket.serial)) & (ticket.identity == host.identity)
     counts = jnp.stack([held.sum(dtype=jnp.int32) for held in ticket.extent.held])
     entry = jnp.where(ok & accounted, ticket.entry, C)
     serials = host.serials.at[entry].set(NO_PAGE, mode="drop")
@@ -268,36 +310,48 @@ def resume(
 
     Returns:
       The cache, the account, and ok bool[]: False, with nothing changed, if the ticket was refused or used before, if a
-      row is out of range, named twice or live, or if some group has too few free pages.
+      row is out of range, named twice or live, if some group has too few free pages, or, inside jit, if another account
+      made the ticket.
 
     Raises:
-      ValueError, TypeError: an argument's shape or type is wrong, or the ticket does not fit the cache.
+      ValueError, TypeError: an argument's shape or type is wrong, the ticket does not fit the cache, or (outside jit)
+        another account made it.
 
     Example: see `preempt`.
     """
-    new, host, targets, ok = take_rows(cache, host, ticket, rows)
+    new, host, targets, _, ok = take_rows(cache, host, ticket, rows)
     pages = _pages.copy_in(_pages.pages_of(new), targets, ticket.extent.blocks, implementation)
     return _pages.with_pages(new, pages), host, ok
 
 
 def take_rows(
-    cache: PagedKVCache, host: Host, ticket: Ticket, rows: Int32[Array, "N"]
-) -> tuple[PagedKVCache, Host, tuple[Int32[Array, "N"], ...], Bool[Array, ""]]:
-    """A `resume` without the copy: also says where the ticket's pages go."""
+    cache: PagedKVCache, host: Host, ticket: Ticket, rows: Int32[Array, "N"], *, arriving: bool = False
+) -> tuple[PagedKVCache, Host, tuple[Int32[Array, "N"], ...], Waiting, Bool[Array, ""]]:
+    """A `resume` without the copy: also says where the ticket's pages go.
+
+    Rows that are `arriving` get a mark in place of their epoch, below 0 and given once. `fork` and `reorder` hand it
+    on, `release` takes it away, and a prefix index takes it for another epoch. So whatever happens meanwhile, the rows
+    that carry it are those that wait for these pages, and nobody else shares a page of theirs that has not landed.
+    """
     _check_host(cache, host)
     _checks.instance("ticket", ticket, Ticket, source="preempt")
     _pages.check_extent("ticket", cache, ticket.extent)
+    _check_ticket(host, ticket)
     N, M = ticket.seq_lens.shape[0], cache.max_pages_per_seq
     for table in ticket.block_tables:
         _checks.int_array("ticket's block_tables", table, "N M", N=N, M=M)
     rows = _checks.int_array("rows", rows, "N", N=N)
     bare = dataclasses.replace(ticket, extent=Extent((), ticket.extent.held))
-    return _integers_only(_resume, cache, host, bare, rows)
+    if arriving:
+        cache = dataclasses.replace(cache, epochs=row_epochs(cache))
+    new, host, targets, marks, ok = _integers_only(_resume, cache, host, bare, rows, arriving)
+    waiting = Waiting(marks, ticket.epochs, ticket.block_tables)
+    return new, host, targets, waiting, ok
 
 
-@jax.jit
-def _resume(cache, host, ticket, rows):
-    B = cache.seq_lens.shape[0]
+@functools.partial(jax.jit, static_argnums=4)
+def _resume(cache, host, ticket, rows, arriving):
+    B, N = cache.seq_lens.shape[0], rows.shape[0]
     live = ticket.seq_lens > 0
     for table in ticket.block_tables:
         live |= (table >= 0).any(axis=1)
@@ -323,8 +377,12 @@ def _resume(cache, host, ticket, rows):
             )
         )
     lens = cache.seq_lens.at[to].set(ticket.seq_lens, mode="drop")
-    epochs = cache.epochs.at[to].set(ticket.epochs, mode="drop")
-    return PagedKVCache(lens, tuple(groups), epochs), host, targets, ok
+    numbers = (ticket.identity + ticket.serial + jnp.arange(N, dtype=jnp.int32)) & INT32_MAX
+    numbers %= INT32_MAX  # so that an index may take 1 from a mark
+    marks = jnp.where(arriving & ok & live & (ticket.serial >= 0), -1 - numbers, 0)
+    epochs = cache.epochs.at[to].set(jnp.where(marks < 0, marks, ticket.epochs), mode="drop")
+    cache = dataclasses.replace(cache, seq_lens=lens, groups=tuple(groups), epochs=epochs)
+    return cache, host, targets, marks, ok
 
 
 def discard(host: Host, ticket: Ticket) -> tuple[Host, Bool[Array, ""]]:
@@ -335,7 +393,11 @@ def discard(host: Host, ticket: Ticket) -> tuple[Host, Bool[Array, ""]]:
       ticket: from `preempt`; used up if `ok`.
 
     Returns:
-      The account, and ok bool[]: False, with nothing changed, if the ticket was refused or used before.
+      The account, and ok bool[]: False, with nothing changed, if the ticket was refused or used before, or, inside jit,
+      if another account made it.
+
+    Raises:
+      ValueError, TypeError: an argument's type is wrong, or (outside jit) another account made the ticket.
 
     Example:
       >>> import jax.numpy as jnp, paxcache
@@ -348,6 +410,7 @@ def discard(host: Host, ticket: Ticket) -> tuple[Host, Bool[Array, ""]]:
       >>> host.used.tolist(), offload.discard(host, ticket)[1].item()
       ([0], False)
     """
+    _check_ticket(host, ticket)
     bare = dataclasses.replace(ticket, extent=Extent((), ticket.extent.held))
     return _discard(host, bare)
 

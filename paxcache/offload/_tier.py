@@ -1,4 +1,4 @@
-"""Pages on the host by stable key, as a value: what a tier holds, takes in and forgets. Imports `_pages`, `prefix`.
+"""Pages on the host by stable key, as a value: what a tier holds, takes in and forgets.
 
 Host memory comes in blocks, one for each transfer. A block's memory returns when none of its pages can be found any
 more. Blocks under half used are joined when pages are forgotten, so that the tier never holds more memory than its
@@ -92,7 +92,7 @@ class HostTier:
     capacity: tuple[int, ...]
     """By group, the most pages that it has memory for."""
     num_pages: tuple[int, ...]
-    """By group, the pages that can be found."""
+    """By group, the pages that can be found. Nothing pins a page on the host: all of them can make way for others."""
     reserved: tuple[int, ...]
     """By group, the pages that it has memory for now, padding and forgotten ones included."""
     page_bytes: tuple[int, ...]
@@ -188,6 +188,73 @@ def init_tier(
     )
 
 
+def remove(tier: HostTier, keys: Iterable[bytes]) -> tuple[HostTier, int]:
+    """Forgets pages, whatever their age: those of a user who left, say. Keys that the tier does not know are ignored.
+
+    A page is of use with all that come before it in its prompt alone: remove a prompt's last pages, or all of them.
+
+    Args:
+      tier: the tier.
+      keys: stable keys of pages, see `prefix.page_keys`.
+
+    Returns:
+      The tier, and how many keys it knew.
+
+    Raises:
+      TypeError: tier is of another type, or a key is not bytes.
+
+    Example:
+      >>> import jax.numpy as jnp, paxcache
+      >>> from paxcache import offload, prefix
+      >>> config = paxcache.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=8, page_size=4, num_pages=16,
+      ...                               max_seqs=2, max_pages_per_seq=8)
+      >>> cache, _ = paxcache.extend(paxcache.init(config), jnp.array([8, 0]), num_tokens=8)
+      >>> cache, index = prefix.publish(cache, prefix.init(config), 0, range(8))
+      >>> tier = offload.write_through(cache, index, offload.init_tier(config, 100), [range(8)])
+      >>> tier, num_removed = offload.remove(tier, prefix.page_keys(range(8), page_size=4)[1:])
+      >>> num_removed, tier.num_pages
+      (1, (1,))
+    """
+    _checks.instance("tier", tier, HostTier, source="offload.init_tier")
+    if isinstance(keys, (bytes, str)) or not hasattr(keys, "__iter__"):
+        raise TypeError(f"keys: expected a list of keys, got {_checks.describe(keys)}")
+    draft, num_removed = Draft(tier), 0
+    for key in dict.fromkeys(_check_key(key) for key in keys):
+        if _tree.get(draft.entries, key) is not None:
+            draft.forget(key)
+            num_removed += 1
+    draft.join()
+    return draft.done(), num_removed
+
+
+def _check_key(key: Any) -> bytes:
+    if not isinstance(key, bytes):
+        raise TypeError(f"keys: expected bytes, got {_checks.describe(key)}")
+    return key
+
+
+def clear(tier: HostTier) -> HostTier:
+    """Forgets all pages. The capacity stays, and `traffic` goes on.
+
+    Args:
+      tier: the tier.
+
+    Returns:
+      The tier, empty. Its memory returns once no older version is held.
+
+    Raises:
+      TypeError: tier is of another type.
+    """
+    _checks.instance("tier", tier, HostTier, source="offload.init_tier")
+    traffic = dataclasses.replace(
+        tier.traffic, pages_forgotten=tier.traffic.pages_forgotten + sum(tier.num_pages)
+    )
+    none = (0,) * len(tier.capacity)
+    return dataclasses.replace(
+        tier, num_pages=none, reserved=none, traffic=traffic, entries=None, order=None, blocks=None
+    )
+
+
 # Versions of a tier.
 
 
@@ -269,9 +336,7 @@ class Draft:
 
     def sizes(self, g: int, num_pages: int) -> list[int]:
         """Sizes of the blocks that so many pages of a group take."""
-        most = max(self.block_bytes // self.page_bytes[g], 1)
-        whole, rest = divmod(num_pages, most)
-        return [most] * whole + ([min(_pages.size_class(rest), most)] if rest else [])
+        return _pages.pieces(num_pages, self.page_bytes[g], self.block_bytes)
 
     def fits(self, needs: Sequence[int]) -> bool:
         """Whether there is room for so many more pages of each group once sparse blocks are joined."""
@@ -313,12 +378,10 @@ class Draft:
             at = 0
             for size in self.sizes(g, len(keys)):
                 some = slice(at, at + size)
-                first = pieces[at][0]
-                pages = jax.tree.map(
-                    lambda array, leaf: jax.device_put(array, leaf.sharding),
-                    gathered(pieces[some], size),
-                    first,
-                )
+                places = jax.tree.map(lambda leaf: leaf.sharding, pieces[at][0])
+                joined = gathered(pieces[some], size)
+                with _pages.allocating(self.memory_kind, _pages.num_bytes_of(joined)):
+                    pages = jax.device_put(joined, places)
                 self.add_block(g, pages, keys[some])
                 at += size
             self.moved["pages_joined"] += len(keys)

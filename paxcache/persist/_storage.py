@@ -1,12 +1,4 @@
-"""The storage tier: pages in a directory or an object store, by stable key. Imports `offload`, `_cache`, tensorstore.
-
-A page, with all its layers, groups and leaves, is one value of a tensorstore key-value store. Its name is its stable
-key and the groups that it has, so a listing tells what is there and how large it is; its value begins with a checksum
-over everything that identifies it. A manifest beside the pages names the format and the shapes of a page.
-
-What is relied on: a write of the key-value store is atomic and durable when its future is done. tensorstore's driver
-for files writes to a locked file of another name, syncs it and renames it; object stores replace whole objects.
-"""
+"""The storage tier: pages in a directory or an object store, by stable key, with a budget in bytes."""
 
 from __future__ import annotations
 
@@ -14,42 +6,28 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import io
-import json
-import math
-import os
-import pathlib
-import re
 import threading
 import time
-import zlib
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorstore as ts
 
 from paxcache import _checks, offload
-from paxcache._cache import page_shapes
 from paxcache._types import CacheConfig
 from paxcache.offload import _pages
-from paxcache.prefix import _keys
+from paxcache.persist import _layout, _places
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    import os
+    from collections.abc import Callable, Sequence
 
     from jaxtyping import Bool
 
-_MANIFEST = "paxcache.json"
-_HEADER = {"format": "paxcache storage", "version": 1, "keys": "paxcache.prefix/1"}
-_NAME = re.compile(r"[0-9a-f]{2}/([0-9a-f]{64})-([0-9a-f]+)")
-_MAGIC = b"paxpage1"
-_PREFIX_BYTES = len(_MAGIC) + 4
-_MAX_IN_FLIGHT = 8  # pages at a time in a directory
-_MAX_IN_FLIGHT_ELSEWHERE = 32  # other stores take longer to answer
+    from paxcache.persist._places import Place
+
 _IN_FLIGHT_BYTES = 2**27
-_STALE_SECONDS = 3600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,101 +42,6 @@ class Counters:
     pages_damaged: int = 0
     """Pages that `get` could not read, or that were not what was written. To the caller they were missing."""
     pages_evicted: int = 0
-
-
-class _Layout:
-    """How a page of a cache lies in a value: its groups one after the other, each leaf after leaf."""
-
-    def __init__(self, config: CacheConfig):
-        self.pages = page_shapes(config)
-        self.leaves = _pages.shapes_of(self.pages)
-        self.leaf_bytes = tuple(
-            [int(np.prod(shape)) * dtype.itemsize for shape, dtype in leaves] for leaves in self.leaves
-        )
-        groups = config.layer_groups
-        self.required = sum(1 << g for g, group in enumerate(groups) if group.sliding_window is None)
-        self.manifest = {
-            "page_size": config.page_size,
-            "groups": [
-                {
-                    "sliding_window": group.sliding_window,
-                    "leaves": {
-                        jax.tree_util.keystr(path): [str(x.dtype), [x.shape[0], *x.shape[2:]]]
-                        for path, x in jax.tree_util.tree_leaves_with_path(pages)
-                    },
-                }
-                for group, pages in zip(groups, self.pages, strict=True)
-            ],
-        }
-        self.seed = zlib.crc32(json.dumps(self.manifest, sort_keys=True).encode())
-
-    @property
-    def num_groups(self) -> int:
-        return len(self.leaves)
-
-    def in_mask(self, mask: int) -> list[int]:
-        return [g for g in range(self.num_groups) if mask >> g & 1]
-
-    def is_page(self, mask: int) -> bool:
-        """Whether these groups make a page: some of them, and all that see their whole prompt."""
-        return 0 < mask < 1 << self.num_groups and mask & self.required == self.required
-
-    def num_bytes(self, mask: int) -> int:
-        """Bytes of the value of a page with these groups."""
-        return _PREFIX_BYTES + sum(sum(self.leaf_bytes[g]) for g in self.in_mask(mask))
-
-    def checksum(self, key: bytes, mask: int, parts: Iterable[Any]) -> bytes:
-        """Over what a page is, and over its bytes."""
-        sum_ = zlib.crc32(key + mask.to_bytes(8, "little"), self.seed)
-        for part in parts:
-            sum_ = zlib.crc32(part, sum_)
-        return sum_.to_bytes(4, "little")
-
-    def encode(self, key: bytes, mask: int, parts: list[np.ndarray]) -> bytes:
-        """The value of a page."""
-        return b"".join((_MAGIC, self.checksum(key, mask, parts), *parts))
-
-    def parts(self, mask: int, blocks: list[list[np.ndarray]], entry: int) -> list[np.ndarray]:
-        """Where the bytes of an entry lie in blocks [N, bytes]."""
-        return [block[entry] for g in self.in_mask(mask) for block in blocks[g]]
-
-    def decode(self, key: bytes, mask: int, read: Callable[[Any], int], parts: list[np.ndarray]) -> bool:
-        """Reads a value into its parts and says whether it is that of this page; if not, the parts are zeros."""
-        prefix = bytearray(_PREFIX_BYTES)
-        whole = all(read(part) == len(part) for part in (prefix, *parts)) and read(bytearray(1)) == 0
-        if whole and bytes(prefix) == _MAGIC + self.checksum(key, mask, parts):
-            return True
-        for part in parts:
-            part[:] = 0
-        return False
-
-    def read_extent(self, extent: offload.Extent, num_keys: int) -> tuple[list[list[np.ndarray]], np.ndarray]:
-        """Checks an extent. Its leaves as bytes [N, bytes], by group, and the groups of each entry as a mask i64[N]."""
-        _checks.instance("extent", extent, offload.Extent, source="offload.swap_out")
-        if len(extent.blocks) != self.num_groups:
-            raise ValueError(
-                f"extent: expected pages of {self.num_groups} groups, got those of {len(extent.blocks)}"
-            )
-        blocks, masks = [], np.zeros(num_keys, np.int64)
-        for g, (pages, held) in enumerate(zip(extent.blocks, extent.held, strict=True)):
-            if held.shape != (num_keys,):
-                raise ValueError(
-                    f"extent: expected a page of group {g} for each of {num_keys} keys, got {held.shape}"
-                )
-            masks |= np.asarray(held).astype(np.int64) << g
-            if jax.tree.structure(pages) != jax.tree.structure(self.pages[g]):
-                raise ValueError(
-                    f"extent: expected leaves like {jax.tree.structure(self.pages[g])} for group {g}, "
-                    f"got {jax.tree.structure(pages)}"
-                )
-            blocks.append([])
-            for x, (shape, dtype) in zip(jax.tree.leaves(pages), self.leaves[g], strict=True):
-                if x.shape != (num_keys, *shape) or x.dtype != dtype:
-                    raise ValueError(
-                        f"extent: expected {dtype}{[num_keys, *shape]} for group {g}, got {_checks.describe(x)}"
-                    )
-                blocks[g].append(_as_bytes(np.ascontiguousarray(x)))
-        return blocks, masks
 
 
 class Storage:
@@ -196,11 +79,10 @@ class Storage:
     Reference: the storage tiers of LMCache, of SGLang's HiCache and of FastDeploy's cache manager.
     """
 
-    def __init__(self, kvstore: ts.KvStore, layout: _Layout, max_bytes: int):
+    def __init__(self, place: Place, layout: _layout.Layout, max_bytes: int):
         """Use `open`."""
         self.max_bytes = max_bytes
-        self._kvstore, self._layout = kvstore, layout
-        self._folder = _folder(kvstore)
+        self._place, self._layout = place, layout
         self._masks: collections.OrderedDict[bytes, int] = collections.OrderedDict()  # by use, oldest first
         self._num_bytes = 0
         self._counters = Counters()
@@ -212,8 +94,8 @@ class Storage:
         """Opens a place, and makes it one for pages of this config if it is empty.
 
         Args:
-          path: a directory; a URL of a key-value store of tensorstore, such as ``memory://`` or ``gs://bucket/path``;
-            or a specification of one, for those that need more than a URL.
+          path: a directory, made if needed; a URL of a key-value store of tensorstore, such as ``memory://`` or
+            ``gs://bucket/path``; or a specification of one, for those that need more than a URL.
           config: the cache's. Layer groups, their shapes, dtypes and windows, and the page size must be those that the
             place was made with; numbers of pages and rows may differ.
           max_bytes: bytes of pages that this object keeps there at most, those of a page or more. What is there beyond
@@ -221,41 +103,38 @@ class Storage:
 
         Returns:
           A `Storage` that knows the pages which are there. In a directory the least recently used are told by the
-          files' times; elsewhere that order is lost when the last process ends.
+          files' times; elsewhere that order is lost when the last process ends. What killed writers left half-written
+          in a directory is gone; what a living process still writes stays.
 
         Raises:
-          ValueError: the place has pages of another config or format or holds something else; or max_bytes takes no
-            page.
+          ValueError: the place has pages of another config or format or holds something else, is the root of the file
+            system or cannot be written by its kind; or max_bytes takes no page.
           TypeError: an argument is of another type.
-          OSError: the place cannot be read or written.
+          OSError: the place cannot be read or written, or does not answer.
         """
         _checks.instance("config", config, CacheConfig)
-        layout = _Layout(config)
-        whole = layout.num_bytes((1 << layout.num_groups) - 1)
-        max_bytes = _checks.static_int("max_bytes", max_bytes, minimum=whole)
-        kvstore = _open(path, layout)
-        storage = cls(kvstore, layout, max_bytes)
-        storage._take_over([name.decode() for name in _ask(path, kvstore.list())])
+        layout = _layout.Layout(config)
+        max_bytes = _checks.static_int("max_bytes", max_bytes, minimum=layout.page_bytes)
+        storage = cls(_places.open_place(path, layout), layout, max_bytes)
+        try:
+            storage._take_over(storage._place.names())
+        except Exception as error:  # tensorstore raises what it met
+            raise OSError(f"path: no access to {path!r}: {error}") from error
         return storage
 
     def _take_over(self, names: list[str]) -> None:
         """Notes the pages that are there, oldest first."""
-        if self._folder is not None:
-            names = _by_age(self._folder, names)
-        doubles = []
         for name in names:
-            if (match := _NAME.fullmatch(name)) and self._layout.is_page(mask := int(match[2], 16)):
-                key = bytes.fromhex(match[1])
+            key, mask = _layout.parse_name(name) or (b"", 0)
+            if self._layout.is_page(mask):
                 # Two of a key: a writer was stopped after storing a fuller page and before dropping the old.
                 old = self._masks.pop(key, 0)
                 if self._layout.num_bytes(old) > self._layout.num_bytes(mask):
                     old, mask = mask, old
                 if old:
-                    doubles.append(self._kvstore.write(_name(key, old), None))
+                    with contextlib.suppress(Exception):
+                        self._place.remove(_layout.name_of(key, old))
                 self._masks[key] = mask
-        for double in doubles:
-            with contextlib.suppress(ValueError):
-                double.result()
         self._num_bytes = sum(map(self._layout.num_bytes, self._masks.values()))
 
     @property
@@ -281,7 +160,7 @@ class Storage:
         Raises:
           ValueError, TypeError: a key is not 32 bytes.
         """
-        _check_keys(keys)
+        _layout.check_keys(keys)
         with self._lock:
             return np.array([key in self._masks for key in keys], bool)
 
@@ -303,11 +182,11 @@ class Storage:
 
         Raises:
           ValueError, TypeError: an argument's type, shape or length is wrong; then nothing was stored.
-          OSError: pages could not be written: the disk is full, say. The others of the batch are stored, the storage
-            knows which, and goes on.
+          OSError: pages could not be written: the disk is full, say; or those that were to make room not be removed.
+            The others of the batch are stored, the storage knows which, and goes on. No page is half-written.
           ImportError: progress without tqdm.
         """
-        _check_keys(keys)
+        _layout.check_keys(keys)
         bar = _checks.import_tqdm() if progress else None
         blocks, masks = self._layout.read_extent(extent, len(keys))
         entries: dict[bytes, int] = {}
@@ -316,28 +195,36 @@ class Storage:
                 entries.setdefault(key, entry)
         failures: list[Exception] = []
 
-        def drop(name):
+        def drop(key, mask):
             try:
-                self._kvstore.write(name, None).result()
+                self._place.remove(_layout.name_of(key, mask))
             except Exception as error:
                 failures.append(error)
+                return False
+            return True
+
+        def evict(victim):
+            if not drop(*victim):
+                self._note(*victim, oldest=True)
 
         def write(key):
             mask = int(masks[entries[key]])
+            parts = self._layout.parts(mask, blocks, entries[key])
             try:
-                value = self._layout.encode(key, mask, self._layout.parts(mask, blocks, entries[key]))
-                self._kvstore.write(_name(key, mask), value).result()
+                self._place.write(_layout.name_of(key, mask), self._layout.encode(key, mask, parts))
             except Exception as error:
                 failures.append(error)
                 return
             old = self._note(key, mask)
+            self._count(pages_written=1)
             if old not in (0, mask):
-                drop(_name(key, old))
+                drop(key, old)
 
         with self._writing:
             new, victims = self._make_room({key: int(masks[entry]) for key, entry in entries.items()})
-            self._run(drop, victims)
-            self._run(write, new, bar)
+            self._run(evict, victims)
+            self._count(pages_evicted=len(victims) - len(failures))
+            self._run(write, [] if failures else new, bar)
             stored = [key for key in entries if key in self._masks]
             self._use(stored)
         if failures:
@@ -367,12 +254,12 @@ class Storage:
           NotImplementedError: the device has no such memory.
           ImportError: progress without tqdm.
         """
-        _check_keys(keys)
+        _layout.check_keys(keys)
         bar = _checks.import_tqdm() if progress else None
+        _checks.instance("memory_kind", memory_kind, str)
         _pages.space(memory_kind)
         layout, N = self._layout, len(keys)
-        arrays = [[_zeros((N, *shape), dtype) for shape, dtype in leaves] for leaves in layout.leaves]
-        blocks = [[_as_bytes(x) for x in group] for group in arrays]
+        blocks, trees = layout.empty(N)
         with self._lock:
             known = {i: (key, self._masks[key]) for i, key in enumerate(keys) if key in self._masks}
         found: dict[int, int] = {}
@@ -380,28 +267,18 @@ class Storage:
 
         def read(entry):
             key, mask = known[entry]
-            name, parts = _name(key, mask), layout.parts(mask, blocks, entry)
-            if self._folder is not None:  # a page is a file: its bytes go where they belong, without a stop
-                with contextlib.suppress(OSError), open(self._folder / name, "rb", buffering=0) as file:
-                    if layout.decode(key, mask, file.readinto, parts):
-                        found[entry] = mask
-                        return
-            try:
-                result = self._kvstore.read(name).result()
-            except Exception:
-                damaged.append(entry)
-                self._forget(key, mask)
-                return
-            if result.state != "value":
-                self._forget(key, mask)
-            elif layout.decode(key, mask, io.BytesIO(result.value).readinto, parts):
+            parts = layout.parts(mask, blocks, entry)
+            right = self._place.read(
+                _layout.name_of(key, mask),
+                layout.num_bytes(mask),
+                lambda fill: layout.decode(key, mask, fill, parts),
+            )
+            if right:
                 found[entry] = mask
-            else:
+                return
+            self._forget(key, mask)
+            if right is False:
                 damaged.append(entry)
-                self._forget(key, mask)
-                # This version of it alone: another process may be storing it again.
-                with contextlib.suppress(Exception):
-                    self._kvstore.write(name, None, if_equal=result.stamp.generation).result()
 
         self._run(read, list(known), bar)
         self._use([known[entry][0] for entry in sorted(found)])
@@ -412,18 +289,69 @@ class Storage:
             pages_missing=asked - len(found) - len(damaged),
         )
         masks = np.array([found.get(entry, 0) for entry in range(N)], np.int64)
-        trees = tuple(
-            jax.tree.unflatten(jax.tree.structure(pages), group)
-            for pages, group in zip(layout.pages, arrays, strict=True)
-        )
         held = tuple(jnp.asarray((masks >> g & 1).astype(bool)) for g in range(layout.num_groups))
         place = jax.sharding.SingleDeviceSharding(_checks.default_device(), memory_kind=memory_kind)
         return offload.Extent(jax.device_put(trees, place), held)
 
+    def remove(self, keys: Sequence[bytes | None]) -> int:
+        """Removes pages, those that other processes stored there too.
+
+        Args:
+          keys: stable keys; None is padding. Those that are not there are no error.
+
+        Returns:
+          How many pages there were.
+
+        Raises:
+          ValueError, TypeError: a key is not 32 bytes.
+          OSError: pages could not be removed. The others are, and the storage knows which.
+        """
+        _layout.check_keys(keys)
+        with self._writing:
+            wanted = [key for key in dict.fromkeys(keys) if key is not None]
+            names: list[str] = []
+            failures = self._all(lambda key: names.extend(self._place.names(_layout.prefix_of(key))), wanted)
+            return self._remove(names, failures)
+
+    def clear(self) -> int:
+        """Removes all pages, those that other processes stored there too, and what killed writers left.
+
+        What is not the storage's stays, and so does the manifest: the storage is empty and goes on.
+
+        Returns:
+          How many pages there were.
+
+        Raises:
+          OSError: pages could not be removed. The others are, and the storage knows which.
+        """
+        with self._writing:
+            names: list[str] = []
+            failures = self._all(lambda place: names.extend(place.names()), [self._place])
+            count = self._remove(names, failures)
+            self._place.tidy()
+            return count
+
+    def _remove(self, names: list[str], failures: list[Exception]) -> int:
+        """Removes values by name and forgets them; returns of how many pages they were."""
+        gone: set[bytes] = set()
+
+        def remove(name):
+            self._place.remove(name)
+            key, mask = _layout.parse_name(name) or (b"", 0)
+            self._forget(key, mask)
+            gone.add(key)
+
+        failures = [*failures, *self._all(remove, names)]
+        if failures:
+            raise OSError(
+                f"remove: {len(failures)} removals failed, {len(gone)} pages are gone: {failures[0]}"
+            ) from failures[0]
+        return len(gone)
+
     # Books.
 
-    def _make_room(self, masks: dict[bytes, int]) -> tuple[list[bytes], list[str]]:
-        """Which pages of a batch to write, and the names of pages that go for them."""
+    def _make_room(self, masks: dict[bytes, int]) -> tuple[list[bytes], list[tuple[bytes, int]]]:
+        """Which pages of a batch to write, and the pages that go for them."""
         size = self._layout.num_bytes
         with self._lock:
             kept = 0
@@ -442,17 +370,16 @@ class Storage:
             while self._num_bytes + wanted > self.max_bytes:  # pages of the batch are last
                 key, mask = self._masks.popitem(last=False)
                 self._num_bytes -= size(mask)
-                victims.append(_name(key, mask))
-        self._count(pages_evicted=len(victims))
+                victims.append((key, mask))
         return new, victims
 
-    def _note(self, key: bytes, mask: int) -> int:
+    def _note(self, key: bytes, mask: int, *, oldest: bool = False) -> int:
         """Notes a page as stored; returns the groups of the one that was before it, 0 if none was."""
         with self._lock:
             old = self._masks.get(key, 0)
             self._masks[key] = mask
+            self._masks.move_to_end(key, last=not oldest)
             self._num_bytes += self._layout.num_bytes(mask) - (self._layout.num_bytes(old) if old else 0)
-        self._count(pages_written=1)
         return old
 
     def _forget(self, key: bytes, mask: int) -> None:
@@ -463,17 +390,14 @@ class Storage:
                 self._num_bytes -= self._layout.num_bytes(mask)
 
     def _use(self, keys: Sequence[bytes]) -> None:
-        """Notes pages as used, the first one last. In a directory, so that the next process knows it too."""
+        """Notes pages as used, the first one last, and in the place, so that the next process knows it too."""
         now, names = time.time_ns(), []
         with self._lock:
             for key in reversed(keys):
                 if key in self._masks:
                     self._masks.move_to_end(key)
-                    names.append(_name(key, self._masks[key]))
-        if self._folder is not None:
-            for age, name in enumerate(reversed(names)):
-                with contextlib.suppress(OSError):
-                    os.utime(self._folder / name, ns=(now, now - age * 1000))
+                    names.append(_layout.name_of(key, self._masks[key]))
+        self._place.use(names[::-1], now)
 
     def _count(self, **amounts: int) -> None:
         with self._lock:
@@ -482,124 +406,22 @@ class Storage:
 
     def _run(self, work: Callable[[Any], None], items: list[Any], bar: Any = None) -> None:
         """Does all items, a bounded number of them at a time: that many values are in memory."""
-        whole = self._layout.num_bytes((1 << self._layout.num_groups) - 1)
-        most = _MAX_IN_FLIGHT if self._folder is not None else _MAX_IN_FLIGHT_ELSEWHERE
-        at_once = max(min(most, _IN_FLIGHT_BYTES // whole, len(items)), 2)
+        most = min(self._place.at_once, _IN_FLIGHT_BYTES // self._layout.page_bytes, len(items))
         # Threads, not futures alone: checksums and copies run beside the transfers.
-        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        with concurrent.futures.ThreadPoolExecutor(max(most, 2)) as pool:
             done = pool.map(work, items)
             for _ in done if bar is None else bar(done, total=len(items), unit=" pages"):
                 pass
 
+    def _all(self, work: Callable[[Any], None], items: list[Any]) -> list[Exception]:
+        """Does all items; returns what went wrong."""
+        failures: list[Exception] = []
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros where JAX takes them on the CPU without a copy: 64 bytes aligned."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(size + 64, np.uint8)
-    begin = -memory.ctypes.data % 64
-    return memory[begin : begin + size].view(dtype).reshape(shape)
+        def attempt(item):
+            try:
+                work(item)
+            except Exception as error:  # tensorstore raises what it met
+                failures.append(error)
 
-
-def _as_bytes(array: np.ndarray) -> np.ndarray:
-    """An array [N, ...] as bytes [N, bytes], in place."""
-    return array.reshape(len(array), math.prod(array.shape[1:])).view(np.uint8)
-
-
-def _name(key: bytes, mask: int) -> str:
-    """The name of a page with these groups."""
-    text = key.hex()
-    return f"{text[:2]}/{text}-{mask:x}"
-
-
-def _check_keys(keys: Sequence[bytes | None]) -> None:
-    for key in keys:
-        if key is None:
-            continue
-        if not isinstance(key, bytes):
-            raise TypeError(f"keys: expected bytes or None, got {key!r}")
-        if len(key) != _keys.KEY_BYTES:
-            raise ValueError(f"keys: expected {_keys.KEY_BYTES} bytes (from prefix.page_keys), got {key!r}")
-
-
-# The place.
-
-
-def _open(path: Any, layout: _Layout) -> ts.KvStore:
-    """The key-value store, with a manifest that fits."""
-    if isinstance(path, dict):
-        spec: Any = path
-    else:
-        text = os.fspath(path)
-        spec = text if "://" in text else {"driver": "file", "path": os.path.abspath(text)}
-    try:
-        spec = ts.KvStore.Spec(spec)
-    except ValueError as error:
-        raise ValueError(
-            f"path: expected a directory, a URL or a specification, got {path!r}: {error}"
-        ) from error
-    if spec.path and not spec.path.endswith("/"):
-        spec.path += "/"
-    kvstore = _ask(
-        path, ts.KvStore.open(spec, context=ts.Context({"file_io_concurrency": {"limit": _MAX_IN_FLIGHT}}))
-    )
-    _check_manifest(path, kvstore, layout)
-    return kvstore
-
-
-def _ask(path: Any, future: ts.Future) -> Any:
-    try:
-        return future.result()
-    except ValueError as error:  # tensorstore's for whatever went wrong
-        raise OSError(f"path: no access to {path!r}: {error}") from error
-
-
-def _check_manifest(path: Any, kvstore: ts.KvStore, layout: _Layout) -> None:
-    """Writes a manifest to an empty place; anywhere else the one that is there must say the same."""
-    expected = {**_HEADER, **layout.manifest}
-    read = _ask(path, kvstore.read(_MANIFEST))
-    if read.state != "value":
-        if others := _ask(path, kvstore.list()):
-            raise ValueError(
-                f"path: expected a storage of pages or an empty place, got one with {others[0].decode()!r} "
-                f"and without {_MANIFEST!r}, {path!r}"
-            )
-        text = json.dumps(expected, indent=1)
-        if _ask(path, kvstore.write(_MANIFEST, text, if_equal=read.stamp.generation)).generation:
-            return
-        read = _ask(path, kvstore.read(_MANIFEST))  # another process was first
-    try:
-        found = json.loads(read.value)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"path: expected the manifest of a storage of pages, got {read.value[:80]!r}, {path!r}"
-        )
-    for name, value in expected.items():
-        if found.get(name) != value:
-            whose = "path" if name in _HEADER else "config"
-            raise ValueError(
-                f"{whose}: expected {name} {json.dumps(value)}, got {json.dumps(found.get(name))}, {path!r}"
-                if whose == "path"
-                else f"config: expected {name} {json.dumps(found.get(name))}, with which {path!r} was made, "
-                f"got {json.dumps(value)}"
-            )
-
-
-def _folder(kvstore: ts.KvStore) -> pathlib.Path | None:
-    """The directory of a place on this machine."""
-    spec: dict = kvstore.spec().to_json()  # type: ignore[assignment]
-    return pathlib.Path(spec["path"]) if spec["driver"] == "file" else None
-
-
-def _by_age(folder: pathlib.Path, names: list[str]) -> list[str]:
-    """Files by time of use, oldest first. What writers that were killed long ago left half-written goes."""
-    ages = {}
-    for name in names:
-        with contextlib.suppress(OSError):  # gone in the meantime
-            ages[name] = (folder / name).stat().st_mtime_ns
-    for half in folder.glob("??/*.__lock"):
-        with contextlib.suppress(OSError):
-            if time.time() - half.stat().st_mtime > _STALE_SECONDS:
-                half.unlink()
-    return sorted(ages, key=ages.__getitem__)
+        self._run(attempt, items)
+        return failures

@@ -16,11 +16,11 @@ from paxcache.prefix._host import Pin as Pin
 from paxcache.prefix._host import admit as admit
 from paxcache.prefix._host import admit_rows as admit_rows
 from paxcache.prefix._host import evict as evict
+from paxcache.prefix._host import evictable as evictable
 from paxcache.prefix._host import held as held
 from paxcache.prefix._host import init as init
 from paxcache.prefix._host import make_room as make_room
 from paxcache.prefix._host import match as match
-from paxcache.prefix._host import move as move
 from paxcache.prefix._host import new_epoch as new_epoch
 from paxcache.prefix._host import pin as pin
 from paxcache.prefix._host import publish as publish
@@ -31,10 +31,8 @@ from paxcache.prefix._host import unpin as unpin
 from paxcache.prefix._index import Cleared as Cleared
 from paxcache.prefix._index import Counters as Counters
 from paxcache.prefix._index import Index as Index
-from paxcache.prefix._index import Place as Place
 from paxcache.prefix._index import Removed as Removed
 from paxcache.prefix._index import Stored as Stored
-from paxcache.prefix._index import Tier as Tier
 from paxcache.prefix._keys import ExtraKey as ExtraKey
 from paxcache.prefix._keys import Item as Item
 from paxcache.prefix._keys import page_keys as page_keys

@@ -20,10 +20,10 @@ from jax.core import Tracer
 from paxcache import _checks
 from paxcache._types import INT32_MAX, NO_PAGE, CacheConfig, PagedKVCache
 from paxcache.prefix import _index, _integers, _keys, _policy, _tree
-from paxcache.prefix._index import Draft, Event, Index, Node, Path, Place, Run, Tier
+from paxcache.prefix._index import Draft, Event, Gone, Index, Node, Path, Run
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Int, Int32
+    from jaxtyping import Array, Bool, Int, Int32
 
     from paxcache.prefix._keys import ExtraKey, Prompt, Salt
     from paxcache.prefix._policy import Policy
@@ -78,6 +78,7 @@ def init(config: CacheConfig, *, epoch: int = 0, events: bool = False) -> Index:
         orders=(),
         pins=None,
         held=tuple(np.zeros(config.group_num_pages(g), bool) for g in groups),
+        holdings=0,
         recording=bool(events),
         log=None,
     )
@@ -98,8 +99,6 @@ class Match:
     """Tokens that need not be computed. Past the last full page, they are the first ones of one more page."""
     ids: Int32[np.ndarray, "N G"]
     """Of the pages that hold them, the number in each group; NO_PAGE where it is not needed, left of a window."""
-    tiers: Int[np.ndarray, "N"]
-    """A `Tier` for each page."""
     _full_pages: int = dataclasses.field(repr=False)
     _path: Path = dataclasses.field(repr=False)
 
@@ -112,12 +111,6 @@ class Match:
             for n, count in self._path
             for page in range(n.start, n.start + count)
         )[: self._full_pages]
-
-    @property
-    def places(self) -> tuple[Place, ...]:
-        """The same page by page."""
-        pairs = zip(self.tiers.tolist(), self.ids.tolist(), strict=True)
-        return tuple(Place(Tier(tier), tuple(ids), False) for tier, ids in pairs)
 
 
 def match(
@@ -154,23 +147,21 @@ def match(
     Reference: RadixAttention of SGLang (Zheng et al., 2024); copy-on-write of its last page, as TensorRT-LLM's
     partial reuse.
     """
+    _check_index(index)
     prompt = _prompt(index, tokens, extra_key)
-    return _match(index, prompt, limit=prompt.num_tokens, partial=partial, device_only=False)
+    return _match(index, prompt, limit=prompt.num_tokens, partial=partial)
 
 
 def _prompt(index: Index | Draft, tokens: Any, extra_key: Any) -> Prompt:
     return _keys.prompt(tokens, page_size=index.page_size, extra_key=extra_key, epoch=index.epoch)
 
 
-def _match(index: Index | Draft, prompt: Prompt, *, limit: int, partial: bool, device_only: bool) -> Match:
+def _match(index: Index | Draft, prompt: Prompt, *, limit: int, partial: bool) -> Match:
     """As `match`, of at most `limit` tokens."""
     S = index.page_size
     found = _index.walk(index, prompt, partial=partial)
-    ids, where = _places(index, found.path)
-    unusable = where != Tier.DEVICE if device_only else where >= _index.IN_FLIGHT
+    ids = _ids(index, found.path)
     num_tokens = min(found.num_tokens, limit, index.max_pages * S)
-    if unusable.any():
-        num_tokens = min(num_tokens, int(unusable.argmax()) * S)
     if not partial:
         num_tokens -= num_tokens % S
     num_tokens = _within_windows(index, ids, num_tokens)
@@ -180,16 +171,15 @@ def _match(index: Index | Draft, prompt: Prompt, *, limit: int, partial: bool, d
         if window is not None:
             ids = ids.copy()
             ids[: max(num_tokens - window + 1, 0) // S, g] = NO_PAGE
-    return Match(num_tokens, ids, where[:pages], num_tokens // S, path)
+    return Match(num_tokens, ids, num_tokens // S, path)
 
 
-def _places(index: Index | Draft, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of a path's pages, and where they are as in a `Run`."""
+def _ids(index: Index | Draft, path: Path) -> Int32[np.ndarray, "N G"]:
+    """Numbers of a path's pages."""
     G = len(index.windows)
     size = G * _index.ID.itemsize
     ids = b"".join([n.run.ids[n.start * size : (n.start + count) * size] for n, count in path])
-    where = b"".join([n.run.where[n.start : n.start + count] for n, count in path])
-    return np.frombuffer(ids, _index.ID).reshape(-1, G), np.frombuffer(where, np.uint8)
+    return np.frombuffer(ids, _index.ID).reshape(-1, G)
 
 
 def _within_windows(index: Index | Draft, ids: np.ndarray, num_tokens: int) -> int:
@@ -284,9 +274,7 @@ def admit_rows(
     idle = (lens == 0) & (tables == NO_PAGE).all(axis=(1, 2))
     new_tables = np.full_like(tables, NO_PAGE)
     for n in np.flatnonzero(idle):
-        found = _match(
-            draft, made[n], limit=max(made[n].num_tokens - 1, 0), partial=partial, device_only=True
-        )
+        found = _match(draft, made[n], limit=max(made[n].num_tokens - 1, 0), partial=partial)
         draft.tick += 1
         draft.touch(found._path, reused=True)
         draft.count(tokens_asked=made[n].num_tokens, tokens_reused=found.num_tokens)
@@ -296,7 +284,9 @@ def admit_rows(
     ids = [rows[n] for n in begun]
     if (reused > 0).any():
         epochs, nothing = np.full(len(ids), epoch), [()] * len(cache.groups)
-        cache = _integers.write_rows(cache, ids, reused[begun], epochs, new_tables[begun], nothing)
+        cache = _integers.write_rows(
+            cache, ids, reused[begun], epochs, new_tables[begun], nothing, draft.holdings
+        )
     elif ids:
         cache = _integers.write_epochs(cache, ids, epoch)
     return cache, draft.done(), reused
@@ -318,6 +308,10 @@ def publish(
     Each stored page holds a reference of its own, so it outlives the row. Pages that are stored already fold: the row
     maps the stored ones and gives its own back (a `Step` made before is no longer valid). A row whose tokens were
     begun under earlier weights (see `new_epoch`) offers nothing.
+
+    Beside a sliding window, publish what a prompt has computed before each `extend` that goes on with it: `extend`
+    gives back the row's pages left of the window, and those of them that no index holds are lost. A prompt that is
+    published only at its end is reused from near its end alone, or where another one computes the missing pages.
 
     A call that stores nothing costs little less than one that does: publish where a prompt or an answer ends, or a page
     is full, not after every token.
@@ -379,8 +373,10 @@ def publish_rows(
     priority = _checks.static_int("priority", priority, minimum=0)
     draft = Draft(index)
     _set_time(draft, now)
-    if ttl is not None and not ttl >= 0:
-        raise ValueError(f"ttl: expected at least 0, got {ttl}")
+    if ttl is not None:
+        _check_number("ttl", ttl)
+        if not ttl >= 0:
+            raise ValueError(f"ttl: expected at least 0, got {ttl}")
     worth = {"priority": priority, "expires": math.inf if ttl is None else draft.now + ttl}
     made = [_prompt(draft, p, key) for p, key in zip(prompts, extra_keys, strict=True)]
     if not rows:
@@ -396,9 +392,11 @@ def publish_rows(
     changed = np.flatnonzero((new_tables != tables).any(axis=(1, 2)))
     if changed.size:
         ids = [rows[n] for n in changed]
-        cache = _integers.write_rows(cache, ids, lens[changed], epochs[changed], new_tables[changed], taken)
+        cache = _integers.write_rows(
+            cache, ids, lens[changed], epochs[changed], new_tables[changed], taken, draft.holdings
+        )
     else:
-        cache = _integers.add_references(cache, taken, 1)
+        cache = _integers.add_references(cache, taken, 1, draft.holdings)
     return cache, draft.done()
 
 
@@ -415,7 +413,7 @@ def _publish(
         return
     draft.tick += 1
     found = _index.walk(draft, prompt)
-    stored, _ = _places(draft, found.path)
+    stored = _ids(draft, found.path)
     own = table[: len(stored)]
     # A page held by another entry was computed for that one's text and weights: nothing from there on is offered.
     foreign = np.flatnonzero((_held_pages(draft, own) & (own != stored)).any(axis=1))
@@ -432,6 +430,10 @@ def _publish(
         if window is None:
             bad |= new[:, g] == NO_PAGE
     new = new[: int(bad.argmax()) if bad.any() else len(new)]
+    some = np.flatnonzero(
+        (new != NO_PAGE).any(axis=1)
+    )  # in models of windows alone, an entry may have no page
+    new = new[: some[-1] + 1 if some.size else 0]
     if not len(new):
         return
     width, parent_key = prompt.page_size * _keys.TOKEN.itemsize, _keys.root_key(prompt)
@@ -442,10 +444,10 @@ def _publish(
     data = prompt.tokens[at * width : (at + len(new)) * width]
     extras = {page - at: e for page, e in prompt.extras.items() if at <= page < prompt.num_pages}
     extras = extras or _index.NO_EXTRAS
-    run = Run(data, keys, extras, new.astype(_index.ID).tobytes(), _index.ON_DEVICE * len(new))
+    run = Run(data, keys, extras, new.astype(_index.ID).tobytes())
     if above is None or not draft.extend(above, run, **worth):
         draft.add(prompt, at, 0 if above is None else above.id, run, **worth)
-    draft.hold(new, taken)
+    draft.hold(keys, new, taken)
     if draft.recording:
         names = tuple(np.frombuffer(data, _keys.TOKEN).tolist())
         draft.record(_index.Stored(_keys.split_keys(keys), parent_key, names, extra_key))
@@ -459,19 +461,16 @@ def _held_pages(draft: Draft, pages: np.ndarray) -> np.ndarray:
 
 def _fold(draft: Draft, node: Node, table: np.ndarray, taken: list[list[int]]) -> Node:
     """Puts a node's pages in place of a row's own, table [N, G]; takes those that a window had kept from the node."""
-    ids, where = _places(draft, [(node, node.size)])
-    ours = where[:, None] == Tier.DEVICE
-    differ = ours & (ids >= 0) & (table >= 0) & (ids != table)
+    ids = _ids(draft, [(node, node.size)])
+    differ = (ids >= 0) & (table >= 0) & (ids != table)
     draft.count(pages_folded=int(differ.any(axis=1).sum()))
-    lacks = ours & (ids < 0) & (table >= 0)
+    lacks = (ids < 0) & (table >= 0)
     table[differ] = ids[differ]
     if not lacks.any():
         return node
     filled = np.where(lacks, table, NO_PAGE)
-    draft.hold(filled, taken)
-    all_ids = node.run.table.copy()
-    all_ids[node.start : node.end] = np.maximum(ids, filled)
-    return draft.replace(node, run=node.run._replace(ids=all_ids.tobytes()))
+    draft.hold(node.run.keys[node.start * _keys.KEY_BYTES : node.end * _keys.KEY_BYTES], filled, taken)
+    return draft.fill(node, np.maximum(ids, filled))
 
 
 def evict(
@@ -484,9 +483,13 @@ def evict(
 ) -> tuple[PagedKVCache, Index, int]:
     """Forgets entries until so many pages are free that were not: no more than that, and none that a row uses.
 
-    Leaves go first, so that what is left can always be found. Pinned prefixes and pages in flight stay. One page costs
-    O(log n) of n entries, and each row at most one leaf passed over because it is in use; the first call with a policy
-    sorts the entries once.
+    Leaves go first, so that what is left can always be found. Pinned prefixes stay. One page costs O(log n) of n
+    entries, and each row at most one leaf passed over because it is in use; the first call with a policy sorts the
+    entries once.
+
+    In groups with a sliding window, what then still lacks is taken from entries that stay: first, from those used least
+    recently on, pages that no prompt needs which goes on from where an earlier one ended or left it; then the others,
+    of the lowest priority first. A prefix is reused up to where all is there that the next token's windows reach.
 
     Args:
       cache: the cache.
@@ -522,7 +525,35 @@ def evict(
     _check_cache(cache, index)
     num_pages = _checks.static_int("num_pages", num_pages, minimum=0)
     cache, index, freed, _ = _evict(cache, index, [num_pages] * len(cache.groups), policy, now)
-    return cache, index, freed
+    return cache, index, min(freed)
+
+
+def evictable(cache: PagedKVCache, index: Index) -> tuple[int, ...]:
+    """The pages that `evict` could free now, in each group. Changes nothing; looks at all entries.
+
+    Args:
+      cache: the cache.
+      index: the index.
+
+    Returns:
+      A number for each group.
+
+    Raises:
+      ValueError, TypeError: the index is not this cache's, or the cache is traced.
+
+    Example:
+      >>> import jax.numpy as jnp, paxcache
+      >>> from paxcache import prefix
+      >>> config = paxcache.CacheConfig(num_layers=2, num_kv_heads=1, head_dim=8, page_size=4, num_pages=16,
+      ...                               max_seqs=2, max_pages_per_seq=8)
+      >>> cache, step = paxcache.extend(paxcache.init(config), jnp.array([8, 0]), num_tokens=8)
+      >>> cache, index = prefix.publish(cache, prefix.init(config), 0, list(range(8)))
+      >>> prefix.evictable(cache, index), prefix.evictable(paxcache.release(cache, jnp.array([True, False])), index)
+      ((0,), (2,))
+    """
+    _check_cache(cache, index)
+    dropped, _ = _take(Draft(index), _integers.read_counts(cache), list(index.num_pages), "lru")
+    return tuple(map(len, dropped))
 
 
 def make_room(
@@ -544,7 +575,7 @@ def make_room(
       policy, now: as in `evict`.
 
     Returns:
-      The cache, the index, and the pages freed, 0 where nothing lacked.
+      The cache, the index, and the pages freed in the group that gave most, 0 where nothing lacked.
 
     Raises:
       ValueError, TypeError: an argument's type, shape or range is wrong, or the index belongs to another config.
@@ -564,54 +595,83 @@ def make_room(
     _check_cache(cache, index)
     missing = _integers.shortfall(cache, query_lens, num_tokens=num_tokens, max_query_len=max_query_len)
     cache, index, freed, _ = _evict(cache, index, np.asarray(missing).tolist(), policy, now)
-    return cache, index, freed
+    return cache, index, max(freed)
 
 
 def _evict(
-    cache: PagedKVCache, index: Index, needs: list[int], policy: str, now: float | None
-) -> tuple[PagedKVCache, Index, int, list[tuple[Node, int]]]:
-    """As `evict`, with a number of pages for each group; also tells which last pages of which leaves went, in order."""
+    cache: PagedKVCache, index: Index, needs: list[int], policy: Policy, now: float | None
+) -> tuple[PagedKVCache, Index, list[int], list[Gone]]:
+    """As `evict`, with a number of pages for each group; also tells which pages of which nodes went, in order."""
     draft = Draft(index)
     _set_time(draft, now)
     for order in _policy.orders(policy):
         draft.add_order(order)
+    if not any(needs):
+        return cache, draft.done(), [0] * len(needs), []
+    dropped, gone = _take(draft, _integers.read_counts(cache), needs, policy)
+    cache = _integers.add_references(cache, dropped, -1, draft.holdings)
+    return cache, draft.done(), list(map(len, dropped)), gone
+
+
+def _take(
+    draft: Draft, counts: list[Int32[np.ndarray, "P"]], needs: list[int], policy: Policy
+) -> tuple[list[list[int]], list[Gone]]:
+    """Takes pages from the index's entries until each group has what it needs; by group, which they are."""
+    for order in _policy.orders(policy):
+        draft.add_order(order)
+    windowed = [window is not None for window in draft.windows]
+    in_use = [c > 1 for c in counts]
+    gone: list[Gone] = []
+    freed = [0] * len(needs)
+    if all(windowed):  # what is spare goes before whole entries
+        lacking = list(needs)
+        gone += draft.thin(lacking, in_use, tails=False)
+        freed = [need - left for need, left in zip(needs, lacking, strict=True)]
+    goals = [need if all(windowed) or not w else 0 for need, w in zip(needs, windowed, strict=True)]
+    gone += _cut_leaves(draft, in_use, goals, freed, policy)
+    lacking = [max(need - n, 0) for need, n in zip(needs, freed, strict=True)]
+    if any(windowed) and not all(windowed) and any(lacking):
+        gone += draft.thin(lacking, in_use, tails=True)
     dropped: list[list[int]] = [[] for _ in needs]
+    if gone:
+        draft.let_go(b"".join([g.keys for g in gone]), np.concatenate([g.ids for g in gone]), dropped)
+    return dropped, gone
+
+
+def _cut_leaves(
+    draft: Draft, in_use: list[Bool[np.ndarray, "P"]], goals: list[int], freed: list[int], policy: Policy
+) -> list[Gone]:
+    """Cuts leaves until so many pages of each group are free; adds to `freed`."""
+    # As bytes, which answer quickly; the last one is for NO_PAGE.
+    used = [mine.tobytes() + b"\0" for mine in in_use]
+    row = struct.Struct(f"<{len(goals)}i")  # of `Run.ids`
     gone: list[tuple[Node, int]] = []
-    if any(needs):
-        # As bytes, which answer quickly; the last one is for NO_PAGE.
-        in_use = [(counts > 1).tobytes() + b"\0" for counts in _integers.read_counts(cache)]
-        row = struct.Struct(f"<{len(needs)}i")  # of `Run.ids`
-        victims = draft.victims(policy)
-        leaf = next(victims)
-        while leaf and (lacking := max(map(operator.sub, needs, map(len, dropped)))) > 0:
-            most = min(lacking, leaf.end - leaf.youngest) if _policy.by_age(policy) else lacking
-            pages = _drop_tail(leaf, row, in_use, most, dropped)
-            if pages:
-                gone.append((leaf, pages))
-            leaf = victims.send(pages)
-        draft.cut(gone)
-        draft.let_go(dropped)
-        draft.count_evicted(gone)
-        cache = _integers.add_references(cache, dropped, -1)
-    return cache, draft.done(), min(len(d) for d in dropped), gone
+    victims = draft.victims(policy)
+    leaf = next(victims) if any(goals) else None
+    while leaf and (lacking := max(map(operator.sub, goals, freed))) > 0:
+        most = min(lacking, leaf.end - leaf.youngest) if _policy.by_age(policy) else lacking
+        pages = _drop_tail(leaf, row, used, most, freed)
+        if pages:
+            gone.append((leaf, pages))
+        leaf = victims.send(pages)
+    draft.cut(gone)
+    draft.count_evicted(gone)
+    return [
+        Gone(leaf, tuple(range(leaf.end - pages, leaf.end)), leaf.run.table[leaf.end - pages : leaf.end])
+        for leaf, pages in gone
+    ]
 
 
-def _drop_tail(
-    leaf: Node, row: struct.Struct, in_use: list[bytes], most: int, dropped: list[list[int]]
-) -> int:
-    """How many of a leaf's last pages nobody uses, of at most so many; adds those on the device to `dropped`."""
-    where, begin = leaf.run.where, max(leaf.end - most, leaf.start)
+def _drop_tail(leaf: Node, row: struct.Struct, in_use: list[bytes], most: int, freed: list[int]) -> int:
+    """How many of a leaf's last pages nobody uses, of at most so many; adds them to `freed` by group."""
+    begin = max(leaf.end - most, leaf.start)
     for page in range(leaf.end - 1, begin - 1, -1):
-        if where[page] == Tier.DEVICE:
-            own = row.unpack_from(leaf.run.ids, page * row.size)
-            for g, number in enumerate(own):
-                if in_use[g][number]:
-                    return leaf.end - 1 - page
-            for g, number in enumerate(own):
-                if number != NO_PAGE:
-                    dropped[g].append(number)
-        elif where[page] >= _index.IN_FLIGHT:
-            return leaf.end - 1 - page
+        own = row.unpack_from(leaf.run.ids, page * row.size)
+        for g, number in enumerate(own):
+            if in_use[g][number]:
+                return leaf.end - 1 - page
+        for g, number in enumerate(own):
+            freed[g] += number != NO_PAGE
     return leaf.end - begin
 
 
@@ -634,7 +694,7 @@ def reset(cache: PagedKVCache, index: Index) -> tuple[PagedKVCache, Index]:
     draft.clear()
     if draft.recording:
         draft.record(_index.Cleared())
-    return _integers.add_references(cache, pages, -1), draft.done()
+    return _integers.add_references(cache, pages, -1, 0), draft.done()
 
 
 def held(index: Index) -> tuple[Int32[np.ndarray, "P"], ...]:
@@ -645,7 +705,11 @@ def held(index: Index) -> tuple[Int32[np.ndarray, "P"], ...]:
 
     Returns:
       For each group, i32[P]: 1 for a page that an entry holds, else 0.
+
+    Raises:
+      TypeError: index is no `Index`.
     """
+    _check_index(index)
     return tuple(held.astype(np.int32) for held in index.held)
 
 
@@ -675,75 +739,13 @@ def new_epoch(index: Index, epoch: int | None = None) -> Index:
       >>> prefix.new_epoch(prefix.init(config), 100).epoch
       100
     """
+    _check_index(index)
     draft = Draft(index)
     low = index.epoch + 1
     draft.epoch = _check_epoch(low if epoch is None else epoch, minimum=low)
     for node_id, _ in _tree.items(index.pins):
         draft.set_pin(node_id, 0)
     return draft.done()
-
-
-def move(
-    cache: PagedKVCache,
-    index: Index,
-    tokens: Int[np.ndarray, "N"] | Sequence[int],
-    first_page: int,
-    places: Sequence[Place],
-    *,
-    extra_key: ExtraKey | Salt = None,
-) -> tuple[PagedKVCache, Index]:
-    """Notes that entries lie elsewhere now, for a module that moves pages between tiers. Moves nothing itself.
-
-    Pages that an entry leaves on the device lose its reference, and those that it comes to gain one. While an entry is
-    in flight it holds the place it has.
-
-    Args:
-      cache: the cache.
-      index: the index.
-      tokens, extra_key: as in `match`.
-      first_page: the first of the prompt's pages to note.
-      places: a `Place` for it and for each page after it.
-
-    Returns:
-      The cache and the index.
-
-    Raises:
-      ValueError, TypeError: not all of the pages are stored, or an argument's type, shape or range is wrong.
-
-    Reference: the tiers of FastDeploy's cache manager and of SGLang's HiCache.
-    """
-    _check_cache(cache, index)
-    first_page = _checks.static_int("first_page", first_page, minimum=0)
-    draft = Draft(index)
-    found = _index.walk(draft, _prompt(draft, tokens, extra_key))
-    if first_page + len(places) > found.num_pages:
-        raise ValueError(
-            f"places: expected those of stored pages, {found.num_pages} of this prompt's, got "
-            f"{len(places)} from page {first_page} on"
-        )
-    dropped: list[list[int]] = [[] for _ in cache.groups]
-    taken: list[list[int]] = [[] for _ in cache.groups]
-    at = 0
-    for node, count in found.path:
-        begin, end = max(first_page, at), min(first_page + len(places), at + count)
-        if begin < end:
-            new = places[begin - first_page : end - first_page]
-            pages = slice(node.start + begin - at, node.start + end - at)
-            run = node.run
-            ids, where = run.table.copy(), np.frombuffer(run.where, np.uint8).copy()
-            draft.release(_on_device(ids[pages], where[pages]), dropped)
-            ids[pages] = [place.id for place in new]
-            where[pages] = [place.tier + _index.IN_FLIGHT * place.in_flight for place in new]
-            draft.hold(_on_device(ids[pages], where[pages]), taken)
-            draft.replace(node, run=run._replace(ids=ids.tobytes(), where=where.tobytes()))
-        at += count
-    cache = _integers.add_references(cache, taken, 1)
-    return _integers.add_references(cache, dropped, -1), draft.done()
-
-
-def _on_device(ids: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """The ids of entries whose tier is the device, in flight or not."""
-    return ids[where % _index.IN_FLIGHT == Tier.DEVICE]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -771,6 +773,7 @@ def pin(
     Raises:
       ValueError, TypeError: an argument's type or shape is wrong.
     """
+    _check_index(index)
     draft = Draft(index)
     path = _index.walk(draft, _prompt(draft, tokens, extra_key)).path
     if not path:
@@ -790,7 +793,12 @@ def unpin(index: Index, pin: Pin) -> Index:
 
     Returns:
       The index.
+
+    Raises:
+      TypeError: index is no `Index`, or pin no `Pin`.
     """
+    _check_index(index)
+    _checks.instance("pin", pin, Pin, source="prefix.pin")
     times = _tree.get(index.pins, pin.node)
     if times is None:
         return index
@@ -808,8 +816,12 @@ def take_events(index: Index) -> tuple[Index, tuple[Event, ...]]:
     Returns:
       The index without them, and the events.
 
+    Raises:
+      TypeError: index is no `Index`.
+
     Reference: KV cache events of vLLM.
     """
+    _check_index(index)
     events, log = [], index.log
     while log is not None:
         event, log = log
@@ -817,9 +829,13 @@ def take_events(index: Index) -> tuple[Index, tuple[Event, ...]]:
     return dataclasses.replace(index, log=None), tuple(reversed(events))
 
 
+def _check_index(index: Index) -> None:
+    _checks.instance("index", index, Index, source="prefix.init")
+
+
 def _check_cache(cache: PagedKVCache, index: Index) -> None:
     _checks.instance("cache", cache, PagedKVCache)
-    _checks.instance("index", index, Index, source="prefix.init")
+    _check_index(index)
     if isinstance(cache.seq_lens, Tracer):
         raise TypeError("the host index reads the cache on the host; inside jit use paxcache.prefix.device")
     sizes = (cache.page_size, cache.max_pages_per_seq, tuple(g.ref_counts.shape[0] for g in cache.groups))
@@ -830,26 +846,47 @@ def _check_cache(cache: PagedKVCache, index: Index) -> None:
             "index: made for another config: (page_size, max_pages_per_seq, num_pages) is "
             f"{expected} with windows {index.windows}, the cache's {sizes} with {windows}"
         )
+    if index.holdings and _integers.read_holdings(cache) not in (None, index.holdings):
+        raise ValueError(
+            "index: the pages it holds are not this cache's: either is of another run, or older than the other. Go on "
+            "with the cache and the index that the last call returned"
+        )
 
 
 def _check_rows(
     cache: PagedKVCache, index: Index, rows: Any, prompts: Any, extra_keys: Any
 ) -> tuple[list[int], list[Any]]:
     _check_cache(cache, index)
+    for name, values in (("rows", rows), ("prompts", prompts)):
+        _check_list(name, values)
     rows = [_checks.static_int("row", row, minimum=0) for row in rows]
     if rows and max(rows) >= cache.max_seqs:
         raise ValueError(f"row: must be below {cache.max_seqs}, got {max(rows)}")
     if len(set(rows)) < len(rows):
         raise ValueError(f"rows: expected different rows, got {rows}")
-    extra_keys = [None] * len(rows) if extra_keys is None else list(extra_keys)
+    extra_keys = [None] * len(rows) if extra_keys is None else _check_list("extra_keys", extra_keys)
     for name, values in (("prompts", prompts), ("extra_keys", extra_keys)):
         if len(values) != len(rows):
             raise ValueError(f"{name}: expected one for each of {len(rows)} rows, got {len(values)}")
     return rows, extra_keys
 
 
+def _check_list(name: str, values: Any) -> Any:
+    """A list or what serves as one."""
+    is_list = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
+    if not is_list and getattr(values, "ndim", 0) < 1:
+        raise TypeError(f"{name}: expected a sequence, got {_checks.describe(values)}")
+    return values
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}: expected a number or None, got {_checks.describe(value)}")
+
+
 def _set_time(draft: Draft, now: float | None) -> None:
     if now is not None:
+        _check_number("now", now)
         if not now >= draft.now or now == math.inf:
             raise ValueError(f"now: expected a finite time, {draft.now} or later, got {now}")
         draft.now = float(now)

@@ -6,14 +6,15 @@ Nodes hold runs of full pages. They do not point at each other: one map takes a 
 maps however deep it lies, and every other version of the index shares the rest. Tokens are keys in full; nothing is
 hashed. Knows pages as numbers, never the cache.
 
-Every page that an entry holds on the device is one reference; a page has one entry at most.
+Every page that an entry holds is one reference; a page has one entry at most. An entry holds a page in each group
+without a sliding window; its pages beside a window may go before it does.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import enum
+import heapq
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,29 +33,6 @@ if TYPE_CHECKING:
 
 NUM_AGES = 32
 """Buckets of an age histogram: below 1, then one for each power of two, the last for all that is left."""
-
-
-class Tier(enum.IntEnum):
-    """Where an entry's page lies."""
-
-    DEVICE = 0
-    """In the cache's pools."""
-    HOST = 1
-    STORAGE = 2
-
-
-IN_FLIGHT = 0x80
-"""Added to an entry's tier."""
-
-
-class Place(NamedTuple):
-    """Where the keys and values of one entry are."""
-
-    tier: Tier
-    id: tuple[int, ...]
-    """In each group, the page's number within its tier; NO_PAGE where a sliding window gave it back."""
-    in_flight: bool
-    """On its way from or to another tier: neither handed out nor evicted."""
 
 
 class Stored(NamedTuple):
@@ -114,8 +92,6 @@ NO_EXTRAS: dict[int, bytes] = {}
 
 ID = np.dtype("<i4")
 """Page numbers as they are stored."""
-ON_DEVICE = bytes([Tier.DEVICE])
-"""`Run.where` of a page that lies there."""
 
 
 class Run(NamedTuple):
@@ -129,14 +105,17 @@ class Run(NamedTuple):
     extras: dict[int, bytes]
     """By page of the run, its multimodal inputs, encoded."""
     ids: bytes
-    """Of each page, its number in each group, as `ID`."""
-    where: bytes
-    """Of each page, its tier, plus IN_FLIGHT."""
+    """Of each page, its number in each group, as `ID`; NO_PAGE where a sliding window gave it back."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages."""
+        return len(self.keys) // _keys.KEY_BYTES
 
     @property
     def table(self) -> Int32[np.ndarray, "N G"]:
         """The numbers; read-only."""
-        return np.frombuffer(self.ids, ID).reshape(len(self.where), -1)
+        return np.frombuffer(self.ids, ID).reshape(self.num_pages, -1)
 
 
 class Node(NamedTuple):
@@ -163,6 +142,8 @@ class Node(NamedTuple):
     created_at: float
     """Time of the call that stored the last page."""
     used_at: float
+    spare: bool | None = None
+    """Whether it holds pages beside a window that no prompt needs which goes on from its end; None: it holds none."""
     older: tuple[int, int, float, Any] | None = None
     """What earlier calls stored, the latest first: (end of its pages in the run, birth, created_at, what is older)."""
 
@@ -217,6 +198,8 @@ class Index:
     """By node, how often it is pinned. Its ancestors stay because it does."""
     held: tuple[Bool[np.ndarray, "P"], ...]
     """By group, whether an entry holds a page. Never changed."""
+    holdings: int
+    """A checksum of which text each of these pages has, see `checksum`: that of the cache which the index goes with."""
     recording: bool
     log: Any
     """Events that nobody took yet: (event, the log before it), None at the start."""
@@ -357,6 +340,7 @@ class Draft:
     orders: tuple[tuple[str, Tree], ...]
     pins: Tree
     held: tuple[Bool[np.ndarray, "P"], ...]
+    holdings: int
     recording: bool
     log: Any
 
@@ -409,14 +393,30 @@ class Draft:
 
     # Nodes.
 
-    def _listed(self, node: Node) -> bool:
+    def _listed(self, node: Node, order: str = "") -> bool:
+        if order == _policy.WINDOWS:
+            return node.spare is not None
         return node.num_children == 0 and _tree.get(self.pins, node.id) is None
+
+    def reach(self, group: int) -> int:
+        """Pages before a node's end that a prompt may need of it which goes on from there, or repeats its last page."""
+        window = self.windows[group]
+        return self.max_pages if window is None else -(-(window - 1) // self.page_size) + 1
+
+    def _with_spare(self, node: Node) -> Node:
+        """The node with `spare` as its pages are."""
+        windowed = [g for g, window in enumerate(self.windows) if window is not None]
+        if not windowed:
+            return node
+        has = node.run.table[node.start : node.end] != NO_PAGE
+        spare = any(has[: max(node.size - self.reach(g), 0), g].any() for g in windowed)
+        return node._replace(spare=spare if has[:, windowed].any() else None)
 
     def add_order(self, name: str) -> None:
         """Starts to keep an order: once O(n log n), from then on O(log n) a change."""
         if name not in dict(self.orders):
             key = _policy.ORDERS[name]
-            leaves = {key(n): n.id for _, n in _tree.items(self.nodes) if self._listed(n)}
+            leaves = {key(n): n.id for _, n in _tree.items(self.nodes) if self._listed(n, name)}
             self.orders = (*self.orders, (name, _tree.update(None, leaves)))
 
     def change(
@@ -441,10 +441,12 @@ class Draft:
         edges.update((self.edge_of(node), node.id) for node in hung)
         self.edges = _tree.update(self.edges, edges)
         self.num_protected += sum(n.size for n in after if n.hits) - sum(n.size for n in before if n.hits)
-        leaves_before, leaves_after = ([n for n in some if self._listed(n)] for some in (before, after))
         orders = []
         for name, order in self.orders:
             key = _policy.ORDERS[name]
+            leaves_before, leaves_after = (
+                [n for n in some if self._listed(n, name)] for some in (before, after)
+            )
             moves: dict[tuple, int | None] = dict.fromkeys(map(key, leaves_before))
             for leaf in leaves_after:
                 to = key(leaf)
@@ -455,12 +457,6 @@ class Draft:
             orders.append((name, _tree.update(order, moves)))
         self.orders = tuple(orders)
 
-    def replace(self, old: Node, **changes: Any) -> Node:
-        """Stores a node with other fields."""
-        new = old._replace(**changes)
-        self.change([(old, new)])
-        return new
-
     def edge_of(self, node: Node) -> tuple[int, bytes, bytes]:
         """Where a node hangs."""
         return (node.parent, node.salt, page_tokens(node, 0, self.page_size))
@@ -469,8 +465,9 @@ class Draft:
         """Cuts a node in two; returns the upper part. The lower one keeps the id: children and pins stay with it."""
         assert 0 < pages < node.size
         at = node.start + pages
-        upper = node.ending(at)._replace(id=self.next_id, num_children=1)
+        upper = self._with_spare(node.ending(at)._replace(id=self.next_id, num_children=1))
         lower = node._replace(start=at, parent=upper.id, salt=node.run.extras.get(at, b""))
+        lower = self._with_spare(lower)
         self.next_id += 1
         self.change([(node, lower)], added=[upper])
         return upper
@@ -501,7 +498,7 @@ class Draft:
             salt=prompt.salt(first_page),
             run=run,
             start=0,
-            end=len(run.where),
+            end=run.num_pages,
             num_children=0,
             epoch=self.epoch,
             birth=self.tick,
@@ -511,6 +508,7 @@ class Draft:
             used_at=self.now,
             **fields,
         )
+        node = self._with_spare(node)
         self.next_id += 1
         above = self.node(parent) if parent else None
         more = [] if above is None else [(above, above._replace(num_children=above.num_children + 1))]
@@ -522,7 +520,7 @@ class Draft:
         alike = node.hits == 0 and node.priority == priority and node.expires == expires
         if node.start or node.size >= MERGED_PAGES or not alike or not self._listed(node):
             return False
-        have, end, width = node.run, node.end, len(run.ids) // len(run.where)
+        have, end, width = node.run, node.end, len(run.ids) // run.num_pages
         joined = Run(
             have.tokens[: end * self.page_size * _keys.TOKEN.itemsize] + run.tokens,
             have.keys[: end * _keys.KEY_BYTES] + run.keys,
@@ -530,18 +528,25 @@ class Draft:
             | {end + page: e for page, e in run.extras.items()}
             or NO_EXTRAS,
             have.ids[: end * width] + run.ids,
-            have.where[:end] + run.where,
         )
-        self.replace(
-            node,
+        new = node._replace(
             run=joined,
-            end=end + len(run.where),
+            end=end + run.num_pages,
             birth=self.tick,
             created_at=self.now,
             older=(end, node.birth, node.created_at, node.older),
         )
-        self._count_stored(len(run.where))
+        self.change([(node, self._with_spare(new))])
+        self._count_stored(run.num_pages)
         return True
+
+    def fill(self, node: Node, ids: Int32[np.ndarray, "N G"]) -> Node:
+        """Stores a node with other page numbers."""
+        table = node.run.table.copy()
+        table[node.start : node.end] = ids
+        new = self._with_spare(node._replace(run=node.run._replace(ids=table.tobytes())))
+        self.change([(node, new)])
+        return new
 
     def _count_stored(self, pages: int) -> None:
         self.num_entries += pages
@@ -595,7 +600,7 @@ class Draft:
                 self.record(Removed(_keys.split_keys(node.run.keys[(end - pages) * size : end * size])))
             if pages < node.size:
                 before.setdefault(node.id, node)
-                after[node.id] = node.ending(node.end - pages)
+                after[node.id] = self._with_spare(node.ending(node.end - pages))
             else:
                 after.pop(node.id, None)
                 removed.append(before.pop(node.id, node))
@@ -615,7 +620,9 @@ class Draft:
         if was != self._listed(node):
             value = None if was else node_id
             self.orders = tuple(
-                (name, _tree.update(order, {_policy.ORDERS[name](node): value}))
+                (name, order)
+                if name == _policy.WINDOWS
+                else (name, _tree.update(order, {_policy.ORDERS[name](node): value}))
                 for name, order in self.orders
             )
 
@@ -624,35 +631,118 @@ class Draft:
         self.nodes = self.edges = self.pins = None
         self.orders = tuple((name, None) for name, _ in self.orders)
         self.held = tuple(np.zeros_like(held) for held in self.held)
-        self.num_entries = self.num_protected = 0
+        self.num_entries = self.num_protected = self.holdings = 0
 
     # Pages.
 
-    def hold(self, ids: Int32[np.ndarray, "N G"], taken: list[list[int]]) -> None:
-        """Notes pages as held, and adds them to the lists of references to take."""
-        self._set_held(_by_group(ids, taken), True)
+    def hold(self, keys: bytes, ids: Int32[np.ndarray, "N G"], taken: list[list[int]]) -> None:
+        """Notes pages as held for texts with these stable keys, and adds them to the references to take."""
+        self._set_held(keys, ids, taken, True)
 
-    def release(self, ids: Int32[np.ndarray, "N G"], dropped: list[list[int]]) -> None:
-        """Notes pages as no longer held, and adds them to the lists of references to give back."""
-        self.let_go(_by_group(ids, dropped))
+    def let_go(self, keys: bytes, ids: Int32[np.ndarray, "N G"], dropped: list[list[int]]) -> None:
+        """Notes pages as no longer held, and adds them to the references to give back."""
+        self._set_held(keys, ids, dropped, False)
 
-    def let_go(self, pages: Sequence[Sequence[int]]) -> None:
-        """Notes pages of each group as no longer held."""
-        self._set_held(pages, False)
-
-    def _set_held(self, pages, value) -> None:
+    def _set_held(self, keys, ids, lists, value) -> None:
         if not self._owns_held:
             self.held, self._owns_held = tuple(held.copy() for held in self.held), True
-        for held, mine in zip(self.held, pages, strict=True):
-            held[mine] = value
+        for held, column, mine in zip(self.held, ids.T, lists, strict=True):
+            pages = column[column != NO_PAGE]
+            held[pages] = value
+            mine.extend(pages.tolist())
+        change = checksum(keys, ids)
+        self.holdings = (self.holdings + (change if value else -change)) % 2**64
+
+    def pinned_pages(self) -> dict[int, int]:
+        """By node, from which place in its run on pages beside windows stay, because a pinned prefix needs them."""
+        windowed = [g for g, window in enumerate(self.windows) if window is not None]
+        most = max(map(self.reach, windowed), default=0)
+        stay: dict[int, int] = {}
+        for pinned, _ in _tree.items(self.pins):
+            at, left = pinned, most
+            while at and left > 0:
+                node = self.node(at)
+                stay[at] = min(max(node.end - left, node.start), stay.get(at, node.end))
+                at, left = node.parent, left - node.size
+        return stay
+
+    def thin(self, lacking: list[int], in_use: Sequence[Bool[np.ndarray, "P"]], *, tails: bool) -> list[Gone]:
+        """Takes pages beside windows from entries that stay, so many in each group; changes `lacking`.
+
+        Goes through the nodes in `_policy.WINDOWS`: first takes what is spare, then, with `tails`, the rest. Within a
+        node the first pages go first, since a window is of use as long as its end is there.
+        """
+        self.add_order(_policy.WINDOWS)
+        key, stay = _policy.ORDERS[_policy.WINDOWS], self.pinned_pages()
+        listed, again = _tree.items(dict(self.orders)[_policy.WINDOWS]), []  # a heap of those met once
+        following = next(listed, None)
+        tables: dict[int, Int32[np.ndarray, "N G"]] = {}
+        while max(lacking) > 0 and (following or again):
+            if again and (following is None or again[0] < following):
+                node, is_tail = self.node(heapq.heappop(again)[1]), True
+            else:
+                assert following is not None
+                node = self.node(following[1])
+                is_tail, following = not node.spare, next(listed, None)
+            if is_tail and not tails:
+                continue
+            table = tables.get(node.id)
+            if table is None:
+                table = node.run.table[node.start : node.end].copy()
+            limit = stay.get(node.id, node.end) - node.start
+            for g, window in enumerate(self.windows):
+                if window is not None and lacking[g] > 0:
+                    end = node.size if is_tail else max(node.size - self.reach(g), 0)
+                    column = table[: min(limit, end), g]
+                    places = np.flatnonzero((column != NO_PAGE) & ~in_use[g][column])[: lacking[g]]
+                    if places.size:
+                        column[places] = NO_PAGE
+                        lacking[g] -= places.size
+                        tables[node.id] = table
+            if not is_tail:
+                heapq.heappush(again, (key(node._replace(spare=False)), node.id))
+        gone = []
+        for node_id, table in tables.items():
+            node = self.node(node_id)
+            ids = node.run.table[node.start : node.end]
+            lost = np.where(table == NO_PAGE, ids, NO_PAGE)
+            places = np.flatnonzero((lost != NO_PAGE).any(axis=1))
+            gone.append(Gone(node, tuple((places + node.start).tolist()), lost[places]))
+            self.fill(node, table)
+        return gone
 
 
-def _by_group(ids: Int32[np.ndarray, "N G"], lists: list[list[int]]) -> list[list[int]]:
-    """The pages among some ids, group by group; adds them to lists as well."""
-    pages = [column[column != NO_PAGE].tolist() for column in ids.T]
-    for mine, more in zip(lists, pages, strict=True):
-        mine.extend(more)
-    return pages
+class Gone(NamedTuple):
+    """Pages that an entry lost."""
+
+    node: Node
+    """As it was before."""
+    places: tuple[int, ...]
+    """In its run."""
+    ids: Int32[np.ndarray, "N G"]
+    """The pages; NO_PAGE where none went."""
+
+    @property
+    def keys(self) -> bytes:
+        """Stable keys of their entries."""
+        keys, size = self.node.run.keys, _keys.KEY_BYTES
+        return b"".join([keys[place * size : (place + 1) * size] for place in self.places])
+
+
+def checksum(keys: bytes, ids: Int32[np.ndarray, "N G"]) -> int:
+    """Of which text each of some pages has: a sum over the pages, so that their order does not count."""
+    names = np.frombuffer(keys, "<u8").reshape(len(ids), -1)[:, :1]
+    places = ids.astype(np.uint64) * np.uint64(ids.shape[1]) + np.arange(ids.shape[1], dtype=np.uint64)
+    mixed = _mix(names ^ _mix(places))
+    return int(np.where(ids != NO_PAGE, mixed, np.uint64(0)).sum(dtype=np.uint64))
+
+
+def _mix(x: Any) -> Any:
+    """The finaliser of SplitMix64 (Steele et al., 2014): every bit of x changes half the bits."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _age(age: float) -> int:

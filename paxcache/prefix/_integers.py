@@ -23,7 +23,7 @@ from paxcache._types import NO_PAGE, PagedKVCache
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jaxtyping import Array, Int32
+    from jaxtyping import Array, Int32, UInt32
 
 
 def read_rows(
@@ -54,23 +54,30 @@ def write_rows(
     epochs: Int32[np.ndarray, "N"],
     tables: Int32[np.ndarray, "N G M"],
     taken: Sequence[Sequence[int]],
+    holdings: int,
 ) -> PagedKVCache:
-    """Gives rows new lengths, epochs and tables, and adds a reference to each of the pages `taken` in each group."""
+    """Gives rows new lengths, epochs and tables, and adds a reference to each of the pages `taken` in each group.
+
+    `holdings` is the index's checksum after that.
+    """
     ids = _padded(rows, cache.max_seqs)  # which stands for no row: what it is given is dropped
     lens, epochs, tables = (_padded(x, 0) for x in (seq_lens, epochs, tables))
     cache = dataclasses.replace(cache, epochs=row_epochs(cache))
-    return _integers_only(_write_rows, cache, ids, lens, epochs, tables, _padded_lists(taken))
+    words = _words(cache, holdings)
+    return _integers_only(_write_rows, cache, ids, lens, epochs, tables, _padded_lists(taken), words)
 
 
 @jax.jit
-def _write_rows(cache, rows, seq_lens, epochs, tables, taken):
+def _write_rows(cache, rows, seq_lens, epochs, tables, taken, holdings):
     groups = []
     for g, (group, pages) in enumerate(zip(cache.groups, taken, strict=True)):
         new_tables, counts = set_rows(group.block_tables, group.ref_counts, rows, tables[:, g])
         counts = _allocator.add_references(counts, pages, 1)
         groups.append(dataclasses.replace(group, block_tables=new_tables, ref_counts=counts))
     seq_lens = cache.seq_lens.at[rows].set(seq_lens, mode="drop")
-    return (PagedKVCache(seq_lens, tuple(groups), cache.epochs.at[rows].set(epochs, mode="drop")),)
+    epochs = cache.epochs.at[rows].set(epochs, mode="drop")
+    changes = {"seq_lens": seq_lens, "groups": tuple(groups), "epochs": epochs, "holdings": holdings}
+    return (dataclasses.replace(cache, **changes),)
 
 
 def write_epochs(cache: PagedKVCache, rows: Sequence[int], epoch: int) -> PagedKVCache:
@@ -96,20 +103,37 @@ def set_rows(
     return block_tables.at[rows].set(new, mode="drop"), _allocator.remap(old, ref_counts, new)
 
 
-def add_references(cache: PagedKVCache, pages: Sequence[Sequence[int]], amount: int) -> PagedKVCache:
-    """Adds `amount` to the count of each of the pages in each group."""
+def read_holdings(cache: PagedKVCache) -> int | None:
+    """The checksum of what an index holds of the cache; None where the cache was put together without."""
+    if cache.holdings is None:
+        return None
+    high, low = np.asarray(cache.holdings).tolist()
+    return high << 32 | low
+
+
+def _words(cache: PagedKVCache, holdings: int) -> UInt32[np.ndarray, "2"] | None:
+    return None if cache.holdings is None else np.array([holdings >> 32, holdings & 0xFFFFFFFF], np.uint32)
+
+
+def add_references(
+    cache: PagedKVCache, pages: Sequence[Sequence[int]], amount: int, holdings: int
+) -> PagedKVCache:
+    """Adds `amount` to the count of each of the pages in each group; `holdings` is the index's checksum after that."""
     if not any(len(p) for p in pages):
         return cache
-    return _integers_only(_add_references, cache, _padded_lists(pages), np.int32(amount))
+    words = _words(cache, holdings)
+    return _integers_only(_add_references, cache, _padded_lists(pages), np.int32(amount), words)
 
 
 @jax.jit
-def _add_references(cache, pages, amount):
+def _add_references(cache, pages, amount, holdings=None):
     groups = tuple(
         dataclasses.replace(g, ref_counts=_allocator.add_references(g.ref_counts, p, amount))
         for g, p in zip(cache.groups, pages, strict=True)
     )
-    return (dataclasses.replace(cache, groups=groups),)
+    return (
+        dataclasses.replace(cache, groups=groups, holdings=cache.holdings if holdings is None else holdings),
+    )
 
 
 def _padded(values: Any, fill: int, least: int = 0) -> Int32[np.ndarray, "N ..."]:
@@ -135,13 +159,8 @@ def shortfall(
     max_query_len: int | None,
 ) -> Int32[Array, "G"]:
     """In each group, the pages that `extend` with these arguments would lack. Rows that can never fit need none."""
-    if (num_tokens is None) == (max_query_len is None):
-        raise ValueError("give exactly one of num_tokens (packed) and max_query_len (row-aligned)")
     query_lens = _checks.int_array("query_lens", query_lens, "B", B=cache.max_seqs)
-    if num_tokens is not None:
-        num_tokens = _checks.static_int("num_tokens", num_tokens, minimum=1)
-    else:
-        max_query_len = _checks.static_int("max_query_len", max_query_len, minimum=1)
+    num_tokens, max_query_len = _checks.step_size(num_tokens, max_query_len, cache.max_seqs)
     tables = [g.block_tables for g in cache.groups]
     counts = [g.ref_counts for g in cache.groups]
     windowed = tuple(g.sliding_window is not None for g in cache.groups)

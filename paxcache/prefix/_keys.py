@@ -13,9 +13,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jax.core import Tracer
 
 from paxcache import _checks
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 TOKEN = np.dtype("<i4")
 """Tokens as they are stored, compared and hashed: little-endian on every machine."""
 KEY_BYTES = 32
+MAX_DEPTH = 32
+"""Most tuples in one another in an extra key."""
 
 
 class Item(NamedTuple):
@@ -54,7 +58,7 @@ class ExtraKey:
         came before); one that ends exactly at a page's start does not belong to it.
 
     Raises:
-      TypeError, ValueError: an item's content, offset or length is of another type or out of range.
+      TypeError, ValueError: the salt, or an item's content, offset or length, is of another type or out of range.
 
     Example:
       >>> from paxcache import prefix
@@ -72,8 +76,13 @@ class ExtraKey:
 
     def __post_init__(self):
         """Checks the items and brings them to one form."""
+        encode(self.salt)
+        if not isinstance(self.items, Iterable) or isinstance(self.items, (str, bytes, Item)):
+            raise TypeError(f"items: expected a tuple of Item, got {self.items!r}")
         checked = []
         for item in self.items:
+            if not isinstance(item, tuple) or len(item) != len(Item._fields):
+                raise TypeError(f"items: expected Item(content, offset, length), got {item!r}")
             content, offset, length = item
             if not isinstance(content, (str, bytes)):
                 raise TypeError(f"items: content must be str or bytes, got {content!r}")
@@ -82,8 +91,10 @@ class ExtraKey:
         object.__setattr__(self, "items", tuple(sorted(checked, key=lambda i: (i.offset, i.length))))
 
 
-def encode(value: Any) -> bytes:
+def encode(value: Any, depth: int = 0) -> bytes:
     """The bytes of an extra key's value. Self-delimiting, so that no two values or sequences of them share any."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"extra_key: expected at most {MAX_DEPTH} tuples in one another, got more")
     if value is None:
         return b"n"
     if isinstance(value, bool):
@@ -91,10 +102,10 @@ def encode(value: Any) -> bytes:
     if isinstance(value, (int, np.integer)):
         return b"i%d;" % int(value)
     if isinstance(value, (str, bytes)):
-        data = value if isinstance(value, bytes) else value.encode()
+        data = value if isinstance(value, bytes) else value.encode(errors="surrogatepass")
         return b"%s%d:%s" % (b"b" if isinstance(value, bytes) else b"s", len(data), data)
     if isinstance(value, tuple):
-        return b"t%d:%s" % (len(value), b"".join(encode(v) for v in value))
+        return b"t%d:%s" % (len(value), b"".join(encode(v, depth + 1) for v in value))
     raise TypeError(f"extra_key: expected None, str, bytes, int or tuples of them, got {value!r}")
 
 
@@ -130,7 +141,14 @@ class Prompt(NamedTuple):
 
 def prompt(tokens: Int[np.ndarray, "N"] | Any, *, page_size: int, extra_key: Any, epoch: int) -> Prompt:
     """Makes tokens ready. int32 arrays are taken as they are; anything else is converted and checked."""
-    data = np.asarray(tokens)
+    if isinstance(tokens, Tracer):
+        raise TypeError(
+            "tokens: the host index reads them on the host; inside jit use paxcache.prefix.device"
+        )
+    try:
+        data = np.asarray(tokens)
+    except ValueError as error:  # lists of unequal lengths
+        raise ValueError(f"tokens: expected shape [N], got {tokens!r}") from error
     if data.ndim != 1:
         raise ValueError(f"tokens: expected shape [N], got {_checks.describe(data)}")
     if data.size == 0:
@@ -213,5 +231,6 @@ def page_keys(
     Reference: vLLM's chained block hashes, with a hash that no process seeds.
     """
     page_size = _checks.static_int("page_size", page_size, minimum=1)
+    epoch = _checks.static_int("epoch", epoch, minimum=0)
     made = prompt(tokens, page_size=page_size, extra_key=extra_key, epoch=epoch)
     return split_keys(chain(made, 0, root_key(made)))

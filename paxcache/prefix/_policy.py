@@ -24,6 +24,9 @@ type Policy = Literal["lru", "lfu", "fifo", "slru", "priority"]
 PROTECTED_SHARE = 0.8
 """SLRU: share of the pages that may be protected before protected ones are evicted too."""
 
+WINDOWS = "windows"
+"""The order of all nodes, not leaves alone, that hold pages beside sliding windows: those with spare ones first."""
+
 ORDERS: dict[str, Callable[[Node], tuple]] = {
     "lru": lambda n: (n.epoch, n.tick, n.id),
     "fifo": lambda n: (n.epoch, n.birth, n.id),
@@ -31,6 +34,7 @@ ORDERS: dict[str, Callable[[Node], tuple]] = {
     "slru": lambda n: (n.epoch, n.hits > 0, n.tick, n.id),
     "priority": lambda n: (n.epoch, n.priority, n.tick, n.id),
     "expiry": lambda n: (n.expires, n.tick, n.id),
+    WINDOWS: lambda n: (n.epoch, not n.spare, n.priority, n.tick, n.id),
 }
 
 POLICIES: dict[str, tuple[str, ...]] = {
@@ -53,7 +57,7 @@ def orders(policy: str) -> tuple[str, ...]:
     Raises:
       ValueError: there is no such policy.
     """
-    if policy not in POLICIES:
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
     return POLICIES[policy]
 

@@ -1,9 +1,10 @@
-"""One current index for one writer and many readers. Imports `_index` alone."""
+"""One current index for one writer and many readers."""
 
 from __future__ import annotations
 
 import threading
 
+from paxcache import _checks
 from paxcache.prefix._index import Index
 
 
@@ -30,6 +31,7 @@ class Store:
     """
 
     def __init__(self, index: Index):
+        _checks.instance("index", index, Index, source="prefix.init")
         self._index = index
         self._lock = threading.Lock()
 
@@ -47,7 +49,9 @@ class Store:
 
         Raises:
           RuntimeError: `old` is not the current version: somebody else wrote in between.
+          TypeError: new is no `Index`.
         """
+        _checks.instance("new", new, Index, source="prefix.init")
         with self._lock:
             if self._index is not old:
                 raise RuntimeError(

@@ -64,11 +64,6 @@ class Case:
         return _chunk(self.head_dim)
 
     @property
-    def output_padding(self) -> int:
-        """Rows that a consumer's output by rows has beyond its own, so that it can begin one row down."""
-        return _output_padding(self.head_dim, self.dtype)
-
-    @property
     def registers(self) -> tuple[int, int]:
         """Of a consumer's thread and of a producer's, which holds the page of each of its copies, or converts."""
         if self.form is not None:
@@ -99,15 +94,20 @@ def _scratch(
     by_columns = (CONSUMERS, D // chunk, ROWS, chunk)
     tiled = plgpu.SMEM(by_columns, dtype, transforms=tiles)
     untiled = plgpu.SMEM(by_columns, dtype, transforms=tiles[1:])
-    by_rows = plgpu.SMEM((CONSUMERS, ROWS + _output_padding(D, dtype), D), dtype)
+    # A consumer's part is of one size in all of its forms: the two write when they like.
+    blocks = _blocks_of_output(D)
+    by_rows = plgpu.SMEM((CONSUMERS, blocks * ROWS, D), dtype)
+    by_columns = (CONSUMERS, blocks * D // chunk, ROWS, chunk)
+    out_tiled = plgpu.SMEM(by_columns, dtype, transforms=tiles)
+    out_untiled = plgpu.SMEM(by_columns, dtype, transforms=tiles[1:])
     if interpreted:
-        shared: dict[str, Any] = {"queries": tiled, "output": (by_rows, tiled)}
+        shared: dict[str, Any] = {"queries": tiled, "output": (by_rows, out_tiled)}
     elif config.output_over_queries:
-        shared = {"queries_and_output": plgpu.RefUnion(tiled, untiled, by_rows, tiled, untiled)}
+        shared = {"queries_and_output": plgpu.RefUnion(tiled, untiled, by_rows, out_tiled, out_untiled)}
     else:
         shared = {
             "queries": plgpu.RefUnion(tiled, untiled),
-            "output": plgpu.RefUnion(by_rows, tiled, untiled),
+            "output": plgpu.RefUnion(by_rows, out_tiled, out_untiled),
         }
     arrivals = copies
     if form is not None:
@@ -195,6 +195,9 @@ def _chunk(head_dim: int) -> int:
     return 64 if head_dim % 64 == 0 else 32
 
 
-def _output_padding(head_dim: int, dtype: Any) -> int:
-    """Rows that a consumer's output by rows has beyond its own, so that it can begin one row down."""
-    return 0 if head_dim * dtype.itemsize % BOX_ALIGNMENT == 0 else 2
+def _blocks_of_output(head_dim: int) -> int:
+    """Blocks of `ROWS` that a consumer has room for: one more where its rows may have to stand one row down.
+
+    The copy engine reads shared memory from multiples of 128 bytes, and a row of head dim 96 has 192.
+    """
+    return 1 if 2 * head_dim % BOX_ALIGNMENT == 0 else 2

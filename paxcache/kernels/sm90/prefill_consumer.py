@@ -138,7 +138,8 @@ class Consumer:
 
         @pl.when(count == ROWS)
         def _():
-            store_slices(out, o_s.at[wg], interpreted=not program.on_gpu)
+            own = o_s.at[wg] if o_s.shape[1] == program.chunks else o_s.at[wg, pl.ds(0, program.chunks)]
+            store_slices(out, own, interpreted=not program.on_gpu)
             plgpu.commit_smem()  # all threads' results, before the copy engine reads them
             for d in range(program.chunks):
                 target = program.refs["out"].at[pl.ds(token, ROWS), head, pl.ds(case.chunk * d, case.chunk)]
@@ -146,8 +147,8 @@ class Consumer:
 
         @pl.when(count < ROWS)
         def _():
-            # The copy engine reads from multiples of 128 bytes: rows of 192 must begin with an even one.
-            down = lax.rem(start, 2) if case.output_padding else 0
+            # The copy engine reads from multiples of 128 bytes: where a row is none, boxes begin with an even row.
+            down = lax.rem(start, 2) if o_rows.shape[1] > ROWS else 0
             o_rows[wg, pl.ds(down, ROWS)] = out
             plgpu.commit_smem()  # all threads' results, before the copy engine reads them
             at = start

@@ -1,6 +1,6 @@
 """Decoding through pages against decoding over a dense cache: whole steps of the examples' model.
 
-    python examples/bench_decode.py [--batch 8 32] [--length 128 512 2048] [--model DIR]
+    python examples/bench/bench_decode.py [--batch 8 32] [--length 128 512 2048] [--model DIR]
 
 Both caches run the same model and weights, each as one compiled loop with its cache donated; the dense one uses
 `jax.nn.dot_product_attention` and is exactly as long as the longest row. The two are timed in turn, and the ratio is
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -19,9 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import checkpoint
-import llama
 import paxcache
+
+EXAMPLES = Path(__file__).parent.parent
+sys.path.append(str(EXAMPLES))  # their model
+
+import checkpoint  # noqa: E402
+import llama  # noqa: E402
 
 STEPS = 16  # decode steps in one timed loop
 PAIRS = 9
@@ -112,9 +117,12 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--length", type=int, nargs="+", default=[128, 512, 1024, 2048])
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny")
+    parser.add_argument("--model", type=Path, default=EXAMPLES / "tiny")
     args = parser.parse_args()
-    model = checkpoint.load(args.model, dtype=jnp.float32).model
+    try:
+        model = checkpoint.load(args.model, dtype=jnp.float32).model
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}; ms a step, medians of {PAIRS} pairs")
     print("batch  length   kind     paged    dense   paged / dense")
     for batch in args.batch:

@@ -1,12 +1,12 @@
 """What prefix sharing saves and costs, on one core of the host and in a compiled loop.
 
-    python examples/bench_prefix.py match      # a 100,000-token prompt against an index of 1,000,000 tokens
-    python examples/bench_prefix.py publish    # admitting and publishing prompts, a page
-    python examples/bench_prefix.py evict      # 10,000 of 100,000 pages in one call, and one page of n
-    python examples/bench_prefix.py memory     # bytes an index takes for a page, beside its tokens
-    python examples/bench_prefix.py trace      # conversations: reuse against an oracle, and policies against Belady
-    python examples/bench_prefix.py rollout    # 16 samples of one prompt in one compiled program: counts
-    python examples/bench_prefix.py prefill    # the built-in model: time to the first token by the share reused
+    python examples/bench/bench_prefix.py match     # a 100,000-token prompt against an index of 1,000,000 tokens
+    python examples/bench/bench_prefix.py publish   # admitting and publishing prompts, a page
+    python examples/bench/bench_prefix.py evict     # 10,000 of 100,000 pages in one call, and one page of n
+    python examples/bench/bench_prefix.py memory    # bytes an index takes for a page, beside its tokens
+    python examples/bench/bench_prefix.py trace     # conversations: reuse against an oracle, policies against Belady
+    python examples/bench/bench_prefix.py rollout   # 16 samples of one prompt in one compiled program: counts
+    python examples/bench/bench_prefix.py prefill   # the built-in model: time to the first token by the share reused
 
 Numbers to reach are printed beside those measured, which are the median of repetitions. `rollout` is also an example of
 `paxcache.prefix.device`. Pages are as small as they can be: nothing here reads them.
@@ -30,11 +30,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-import checkpoint
-import llama
 import paxcache
 from paxcache import prefix
 from paxcache.prefix import _integers
+
+EXAMPLES = Path(__file__).parent.parent
+sys.path.append(str(EXAMPLES))  # their model
+
+import checkpoint  # noqa: E402
+import llama  # noqa: E402
 
 PAGE_SIZE = 16
 LONG = 100_000  # tokens of the prompts to match and to publish; a whole number of pages
@@ -506,7 +510,7 @@ def rollout_counts() -> None:
 def prefill() -> None:
     """The built-in model on the text it was trained on: a prompt of which a part was asked before."""
     jax.config.update("jax_default_matmul_precision", "highest")  # rounding must not decide a near tie
-    loaded = checkpoint.load(Path(__file__).parent / "tiny", dtype=jnp.float32)
+    loaded = checkpoint.load(EXAMPLES / "tiny", dtype=jnp.float32)
     model_fn, params = llama.paged_model(loaded.model)
     length, num_new, chunk = 960, 16, 64
     text = loaded.encode(" ".join(topics.topics.values()))

@@ -1,6 +1,6 @@
 """Looks for launch configurations that are better than the kernels' own heuristics, and prints them. Needs a GPU.
 
-    python examples/tune_kernels.py [--kernel decode_sm90 ...] [--case "16 x 4k" ...] [--repeats 10] [--gain 0.01]
+    python examples/bench/tune_kernels.py [--kernel decode_sm90 ...] [--case "16 x 4k" ...] [--repeats 10] [--gain 0.01]
                                     [--seed 0] [--quick]
 
 For each kernel and case: from the configuration that `default_config` of the kernel's module makes, one field after

@@ -1,6 +1,6 @@
 """The whole decode step of a Llama-8B-shaped model with random weights: through pages, and over a dense cache.
 
-    python examples/bench_decode_step.py [--cases 1x8k 16x4k 64x4k 64r8k] [--form auto] [--xla] [--steps 20]
+    python examples/bench/bench_decode_step.py [--cases 1x8k 16x4k 64x4k 64r8k] [--form auto] [--xla] [--steps 20]
                                          [--json FILE] [--tiny]
 
 32 layers of 4096, 32 query and 8 KV heads of 128, MLP 14336, vocabulary 128256, tied embeddings: 15.0 GB of bfloat16.

@@ -1,6 +1,7 @@
 """Pages to host memory and back: how fast, against the link of the same run, and what it costs the work beside it.
 
-    python examples/bench_offload.py [--only link swap overlap resume layers representation] [--json FILE] [--tiny]
+    python examples/bench/bench_offload.py [--only link swap overlap resume layers representation]
+                                            [--json FILE] [--tiny]
 
 Pages are those of an 8B model: 32 layers, 8 KV heads of 128 in bfloat16, 16 tokens: 2 MiB each.
 

@@ -1,7 +1,7 @@
 """The kernels against the machine's limits and against what a JAX installation carries, on one device in one run.
 
-    python examples/bench_kernels.py [--only decode quantized prefill append move plan limits] [--repeats 20]
-                                     [--json FILE] [--plot FILE.png] [--quick]
+    python examples/bench/bench_kernels.py [--only decode quantized prefill append move plan limits] [--repeats 20]
+                                           [--json FILE] [--plot FILE.png] [--quick]
 
 Llama shapes: 32 query and 8 KV heads of 128, bfloat16, pages shuffled. Every result is compared with a float32
 reference (moves: bit by bit) before it is timed; a wrong one is reported as WRONG and not timed. paxcache sees NaN in

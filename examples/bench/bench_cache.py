@@ -1,7 +1,7 @@
 """What paging saves and what it costs: memory, waste, and the bookkeeping of a step.
 
-    python examples/bench_cache.py memory         # bytes reserved and waste against a dense cache
-    python examples/bench_cache.py bookkeeping    # kernels of extend + release (on a GPU), and their time
+    python examples/bench/bench_cache.py memory         # bytes reserved and waste against a dense cache
+    python examples/bench/bench_cache.py bookkeeping    # kernels of extend + release (on a GPU), and their time
 
 Speed of decoding is measured by bench_decode.py.
 """

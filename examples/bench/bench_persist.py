@@ -1,7 +1,7 @@
 """The storage tier against a plain file of as many bytes on the same disk, in the same run.
 
-    python examples/bench_persist.py                     # 1 GiB in the system's folder for temporary files
-    python examples/bench_persist.py --folder DIR --gib 4 --repeats 5
+    python examples/bench/bench_persist.py                     # 1 GiB in the system's folder for temporary files
+    python examples/bench/bench_persist.py --folder DIR --gib 4 --repeats 5
 
 Pages are those of a model of 32 layers, 8 KV heads of 128 in bfloat16, 16 tokens a page: 2 MiB each, of random bits.
 The plain file is written in pieces of a page and synced once; `Storage.put` returns when every page is durable. Both
