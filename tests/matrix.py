@@ -175,13 +175,13 @@ class Problem:
         rows = [jnp.asarray(x) for x in (tables, lens, starts, query_lens)]
         return {"pools": (pool(self.k), pool(self.v)), "rows": rows}
 
-    def attend(self, page_size: int, implementation: str | None) -> tuple[list[Any], str]:
+    def attend(self, page_size: int, implementation: Any) -> tuple[list[Any], str]:
         """Output and log-sum-exp of each batch, and the compiled program, one for all."""
 
-        def run(q, pools, rows, sinks):
+        def run(q, pools: tuple[Any, Any], rows: list[Any], sinks):
             tables, seq_lens, query_starts, query_lens = rows
             return ops.paged_attention(
-                q, *pools, tables, seq_lens, query_starts=query_starts, query_lens=query_lens, layer=1,
+                q, pools[0], pools[1], tables, seq_lens, query_starts=query_starts, query_lens=query_lens, layer=1,
                 max_query_len=FEW.get(self.cell.step), soft_cap=self.features["soft_cap"],
                 sliding_window=self.features["window"], sinks=sinks, return_lse=True, implementation=implementation,
             )  # fmt: skip

@@ -84,8 +84,9 @@ def test_calls_on_a_mesh_equal_one_device(mesh, entered, jit, quantization):
 
 
 POOL = (L, 5, K, 4, 8)
-IDS = np.array([1, 2, -1], np.int32)
-TABLES, LENS = np.array([[0, 1], [2, 3], [4, -1]], np.int32), np.array([5, 8, 2], np.int32)
+IDS: Any = np.array([1, 2, -1], np.int32)
+TABLES: Any = np.array([[0, 1], [2, 3], [4, -1]], np.int32)
+LENS: Any = np.array([5, 8, 2], np.int32)
 OPS = {
     "write_pages": lambda pool, k, q, blocks: ops.write_pages(pool, None, k, None, IDS, layer=1)[0],
     "copy_pages": lambda pool, k, q, blocks: ops.copy_pages(pool, IDS, IDS + 2),
@@ -115,10 +116,10 @@ def test_ops_on_a_mesh_equal_one_device(mesh, name, sharded):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), found, wanted)
 
 
-def gathered(text: str) -> int:
+def gathered(text: str | None) -> int:
     """Elements of the largest array that devices exchange in an HLO module."""
     exchanges = re.findall(
-        r"= \(?\w+\[([\d,]*)\].* (?:all-gather|all-to-all|all-reduce|collective-permute)", text
+        r"= \(?\w+\[([\d,]*)\].* (?:all-gather|all-to-all|all-reduce|collective-permute)", text or ""
     )
     return max((math.prod(map(int, dims.split(","))) if dims else 1 for dims in exchanges), default=0)
 

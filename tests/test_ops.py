@@ -638,17 +638,18 @@ def test_slot_mappings_of_every_integer_type(dtype, on):
 
 
 def test_integers_past_int32_are_refused_by_name_wherever_they_come_from():
-    pool, lens = jnp.zeros((4, 1, 2, 8)), np.array([3])
+    pool, lens = jnp.zeros((4, 1, 2, 8)), jnp.array([3])
     attend: Any = functools.partial(ops.paged_attention, jnp.ones((1, 1, 8)), pool, pool)
+    copy, gather = (functools.partial(op, pool[None]) for op in (ops.copy_pages, ops.gather_pages))
     for past in (np.array([2**31]), np.array([2**32 + 1], np.uint64), [2**31], [2**70]):
         value: Any = past
         table: Any = [value] if isinstance(value, list) else value[None]
         for name, call in {
             "block_tables": lambda table=table: attend(table, lens),
             "seq_lens": lambda value=value: attend(np.array([[0, 1]]), value),
-            "src": lambda value=value: ops.copy_pages(pool[None], value, lens),
-            "dst": lambda value=value: ops.copy_pages(pool[None], lens, value),
-            "page_ids": lambda value=value: ops.gather_pages(pool[None], value),
+            "src": lambda value=value: copy(value, lens),
+            "dst": lambda value=value: copy(lens, value),
+            "page_ids": lambda value=value: gather(value),
         }.items():
             with pytest.raises(ValueError, match=rf"{name}.*int32"):
                 call()
@@ -792,7 +793,8 @@ def test_a_packed_step_of_short_rows():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((8, n, 64)), jnp.bfloat16) for n in (8, 2, 2))
     outs = []
-    for sizes in ({"num_tokens": 8}, {"num_tokens": 8, "max_query_len": 3}):
+    both: list[dict[str, Any]] = [{"num_tokens": 8}, {"num_tokens": 8, "max_query_len": 3}]
+    for sizes in both:
         grown, step = paxcache.extend(cache, lens, **sizes)
         outs.append(paxcache.attend(paxcache.append(grown, 0, k, v, step), 0, q, step).astype(jnp.float32))
     np.testing.assert_allclose(*outs, rtol=2e-2, atol=2e-2)

@@ -194,18 +194,19 @@ def measure_dense(case: Case, model: llama.Llama, repeats: int) -> dict[str, Any
 
 def measure_transformers(case: Case, repeats: int) -> dict[str, Any]:
     """`generate` of transformers on torch, greedy."""
-    import torch  # noqa: PLC0415  (only where it is installed)
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config  # noqa: PLC0415
+    # Only where they are installed.
+    import torch  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+    import transformers  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
 
     c = case.config
-    form = Qwen3Config if c.qk_norm else LlamaConfig
+    form = transformers.Qwen3Config if c.qk_norm else transformers.LlamaConfig
     config = form(
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
         num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
         head_dim=c.head_dim, tie_word_embeddings=c.tied_embeddings, eos_token_id=None,
     )  # fmt: skip
     device = "cuda" if timing.on_gpu() else "cpu"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).eval()
     prompts = torch.as_tensor(case.prompts, dtype=torch.long, device=device)
 
     def run(n: int) -> Any:

@@ -120,7 +120,8 @@ def paged_attention(
     tokens = own.spec[0] if own.mesh.explicit_axes and own.spec[0] != heads else None
     out = NamedSharding(mesh, PartitionSpec(tokens, heads))
     outs = out, out if scores.return_lse else None
-    return jax.sharding.auto_axes(attend, axes=mesh.explicit_axes, out_sharding=outs)(arrays)
+    placed: Any = jax.sharding.auto_axes(attend, axes=mesh.explicit_axes, out_sharding=outs)
+    return placed(arrays)
 
 
 def _paged_attention(
