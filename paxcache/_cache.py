@@ -623,7 +623,10 @@ def _truncate(cache, seq_lens, page_size):
     def past_length(group):
         return shrinks[:, None] & _allocator.past_length(group.block_tables, kept, page_size=page_size)
 
-    return (_unmap(cache, kept, past_length),)
+    # An emptied row waits for no pages (`offload.begin_resume`): what it holds next is its own.
+    epochs = row_epochs(cache)
+    epochs = jnp.where(shrinks & (kept == 0) & (epochs < 0), 0, epochs)
+    return (dataclasses.replace(_unmap(cache, kept, past_length), epochs=epochs),)
 
 
 def release(cache: PagedKVCache, rows: Bool[Array, "B"]) -> PagedKVCache:

@@ -120,6 +120,30 @@ def test_a_released_row_gets_nothing():
     assert_same_tokens(after, land_all(begun, arrival)[0], (0, 6, 13, 0))
 
 
+def test_a_row_that_was_emptied_by_truncate_gets_nothing():
+    cache, host, ticket = leave(shared_rows())
+    cache, _, arrival, ok = offload.begin_resume(cache, host, ticket, ids(0, 2))
+    assert ok
+    cache = paxcache.truncate(cache, jnp.array([0, 2**31 - 1, 0, 2**31 - 1], jnp.int32))
+    cache, step = paxcache.extend(cache, jnp.array([13, 0, 0, 0]), max_query_len=16)
+    assert step.ok.all()
+    assert_same(land_all(cache, arrival)[0], cache)
+
+
+def test_a_row_that_waits_offers_nothing_to_the_device_index():
+    cache, host, ticket = leave(shared_rows())
+    cache, _, arrival, ok = offload.begin_resume(cache, host, ticket, ids(0, 2))
+    assert ok
+    tokens, lens = jnp.arange(13, dtype=jnp.int32)[None], jnp.array([13], jnp.int32)
+
+    def offered(cache):
+        cache, index, _ = prefix.device.publish(cache, prefix.device.init(CONFIG), ids(0), tokens, lens)
+        return int(sum(held.sum() for held in prefix.device.held(cache, index)))
+
+    assert offered(cache) == 0
+    assert offered(land_all(cache, arrival)[0]) > 0
+
+
 def test_cancelled_pages_land_nowhere():
     cache, host, ticket = leave(shared_rows())
     begun, _, arrival, ok = offload.begin_resume(cache, host, ticket, ids(0, 2))

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from paxcache import _allocator, _checks
-from paxcache._cache import _integers_only
+from paxcache._cache import _integers_only, row_epochs
 from paxcache._types import INT32_MAX, NO_PAGE, CacheConfig, PagedKVCache
 from paxcache.prefix import _integers
 
@@ -443,6 +443,7 @@ def _publish(cache, index, rows, tokens, lens, extra_keys):
     fits = _belongs(cache, index)
     ok = fits & _allocator.named_once(rows, B)
     at = jnp.clip(rows, 0, B - 1)
+    ok &= row_epochs(cache)[at] >= 0  # pages that have yet to land are not offered
     lens = jnp.where(ok, jnp.minimum(jnp.minimum(lens, cache.seq_lens[at]), M * S), 0)
     prompts = _prompts(tokens, lens, extra_keys, S)
     W = min(prompts.pages.shape[1], M)
