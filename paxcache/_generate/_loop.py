@@ -304,12 +304,12 @@ def _admit(request: Request, state: State, *, chunk_size: int) -> tuple[State, B
     return state, (held_back & _of_seats(request, state, computing | starts)).any()
 
 
-def _ask(state: State, *, num_tokens: int) -> Int32[Array, "R"]:
+def _ask(state: State, *, num_tokens: int, max_query_len: int) -> Int32[Array, "R"]:
     """The tokens of a step that each seat would get if pages were plenty.
 
     One token goes to every seat that wants but one; the others take what is left, oldest prompt first.
     """
-    wanted = jnp.minimum(state.wanted, num_tokens)
+    wanted = jnp.minimum(state.wanted, max_query_len)
     one = wanted == 1
     left = num_tokens - one.sum(dtype=jnp.int32)
     many = jnp.where(one, 0, wanted)
@@ -330,19 +330,25 @@ def _grant(state: State, asked: Int32[Array, "R"]) -> Int32[Array, "R"]:
     return jnp.minimum(asked, in_last_page + pages * cache.page_size)
 
 
-def _step(model_fn: ModelFn, params: Any, request: Request, state: State, *, num_tokens: int) -> State:
-    """Computes the seats' next tokens, `num_tokens` at most, and samples where a seat has computed all it has."""
+def _step(
+    model_fn: ModelFn, params: Any, request: Request, state: State, *, num_tokens: int, max_query_len: int
+) -> State:
+    """Computes the seats' next tokens, `num_tokens` at most and `max_query_len` of a seat.
+
+    Samples where a seat has computed all it has.
+    """
     B, N = state.cache.max_seqs, state.tokens.shape[0]
     wanted, prompts = state.wanted, state.prompts
-    asked = _ask(state, num_tokens=num_tokens)
+    size = {"num_tokens": num_tokens, "max_query_len": max_query_len}
+    asked = _ask(state, **size)
 
     def by_row(lens):
         return jnp.zeros(B, jnp.int32).at[state.seat_rows].set(lens, mode="drop")
 
     if state.index is not None:
-        cache, index, _ = device.make_room(state.cache, state.index, by_row(asked), num_tokens=num_tokens)
+        cache, index, _ = device.make_room(state.cache, state.index, by_row(asked), **size)
         state = dataclasses.replace(state, cache=cache, index=index)
-    cache, step = extend(state.cache, by_row(_grant(state, asked)), num_tokens=num_tokens)
+    cache, step = extend(state.cache, by_row(_grant(state, asked)), **size)
 
     rows = jnp.minimum(state.seat_rows, B - 1)
     computed = jnp.where(state.running, step.query_lens[rows], 0)
@@ -488,11 +494,13 @@ def _advance(
     def cycle(state):
         state, others_wait = _admit(request, state, chunk_size=chunk_size)
         state = jax.lax.while_loop(
-            lambda s: goes_on(s) & has_chunks(s), lambda s: offer(run(s, num_tokens=chunk_size)), state
+            lambda s: goes_on(s) & has_chunks(s),
+            lambda s: offer(run(s, num_tokens=chunk_size, max_query_len=chunk_size)),
+            state,
         )
         state = jax.lax.while_loop(
             lambda s: goes_on(s) & s.running.any() & ~has_chunks(s) & ~others_wait,
-            functools.partial(run, num_tokens=state.seat_rows.shape[0]),
+            functools.partial(run, num_tokens=state.seat_rows.shape[0], max_query_len=1),
             state,
         )
         return _retire(state)
