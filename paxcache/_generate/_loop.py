@@ -339,7 +339,7 @@ def _step(
     """
     B, N = state.cache.max_seqs, state.tokens.shape[0]
     wanted, prompts = state.wanted, state.prompts
-    size = {"num_tokens": num_tokens, "max_query_len": max_query_len}
+    size: dict[str, Any] = {"num_tokens": num_tokens, "max_query_len": max_query_len}
     asked = _ask(state, **size)
 
     def by_row(lens):
